@@ -1,0 +1,1 @@
+"""Reproducible comparisons; they import edgeft and nothing imports them."""

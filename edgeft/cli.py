@@ -1,0 +1,279 @@
+"""The command line: flags to a configuration, results to stdout, errors to exit codes; nothing else.
+
+Everything that needs torch is imported inside the verb that uses it.
+"""
+
+import errno
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgeft.errors import ConfigError, EdgeftError
+
+if TYPE_CHECKING:
+    from edgeft.config import Config
+    from edgeft.progress import Progress
+
+EXIT_FAILED, EXIT_UNABLE, EXIT_INTERRUPTED = 1, 2, 130
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
+UsageError: Any = typer.BadParameter.__base__
+"""Base of typer's complaints about the command line; typer itself exports only its children."""
+
+app = typer.Typer(
+    name="edgeft",
+    help="Fine-tune a timm backbone, train it for 8-bit fixed-point arithmetic, export it exactly, measure it in and out of distribution.",
+    epilog="Both lines run as they stand, offline: edgeft train-quantize --method lpft, then edgeft export --target onnx.",
+    add_completion=False,
+    rich_markup_mode=None,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+@dataclass
+class Global:
+    """Options before the verb."""
+
+    debug: bool = False
+
+
+def _version(given: bool) -> None:
+    if given:
+        from edgeft import __version__
+
+        print(f"edgeft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")] = False,
+) -> None:
+    context.obj.debug = debug
+
+
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+Run = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="run directory; default: the latest finished one in runs/")]
+
+
+@app.command("train-quantize")
+def train_quantize(
+    method: Annotated[str | None, typer.Option(help="fine-tuning method: lp, ft, lpft (edgeft list methods)")] = None,
+    backbone: Annotated[str | None, typer.Option(help="timm model name (edgeft list backbones)")] = None,
+    weights: Annotated[Path | None, typer.Option(help="checkpoint, .safetensors or weights-only .pth")] = None,
+    pretrained: Annotated[bool | None, typer.Option("--pretrained", help="take timm's pretrained weights (downloads)")] = None,
+    data: Annotated[str | None, typer.Option(help="'shapes' (embedded) or a folder with one sub-folder per class")] = None,
+    ood: Annotated[list[str] | None, typer.Option(metavar="[NAME=]DIR", help="shifted test set; may be repeated")] = None,
+    out: Annotated[Path | None, typer.Option(help="run directory; default: runs/<data>-<method>-<seed>")] = None,
+    profile: Annotated[str | None, typer.Option(help="activation storage: u8 (CPUs) or s8 (TensorRT)")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with any keys of the configuration")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any key, e.g. quant.format=grid; may be repeated")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of splits, order, augmentation and heads")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out where it was stopped")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check data, backbone and settings, say what would be done, do nothing")
+    ] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="print every key with its value as TOML and exit")] = False,
+    json_: Json = False,
+) -> None:
+    """Fine-tune and quantize a backbone.
+
+    Accuracy is measured in and out of distribution, in float and in fixed point. With no options: LP-FT of the bundled
+    backbone on the embedded data set, offline, a few minutes on two CPU cores.
+
+    Example: edgeft train-quantize --backbone mobilenetv2_100 --pretrained --data photos/ --ood sketch=sketches/ --out runs/mbv2
+    """
+    from edgeft.config import build_config, to_toml
+
+    flags = {
+        "train.method": method, "model.backbone": backbone, "model.weights": weights, "model.pretrained": pretrained,
+        "data.source": data, "data.ood": ood or None, "out": out, "quant.profile": profile, "seed": seed, "device": device,
+    }  # fmt: skip
+    resolved = build_config(config, flags, set_)
+    if print_config:
+        print(_json(resolved.model_dump(mode="json")) if json_ else to_toml(resolved))
+    elif dry_run:
+        _print_plan(resolved, json_)
+    else:
+        _train(resolved, resume, json_)
+
+
+def _print_plan(config: "Config", json_: bool) -> None:
+    from edgeft import pipeline
+
+    lines = pipeline.plan(config)
+    print(_json({"plan": lines}) if json_ else "\n".join(lines))
+
+
+def _train(config: "Config", resume: bool, json_: bool) -> None:
+    from edgeft import pipeline
+    from edgeft.report import render
+    from edgeft.show import one_line, to_json
+
+    artifact = pipeline.train_quantize(config, resume=resume, progress=_progress())
+    if _main_process():
+        print(_json(to_json(artifact)) if json_ else f"{render(artifact.report())}\nwrote {one_line(artifact)}")
+
+
+@app.command()
+def export(
+    run: Run = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="what to export to (edgeft list targets); may be repeated; default: onnx")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="where to write; default: RUN/export, one folder for each target")] = None,
+    no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="verify, but do not measure accuracy on the data set again")] = False,
+    json_: Json = False,
+) -> None:
+    """Export a run and verify it.
+
+    The exported model must give the same integers as the run, code for code; otherwise the exit code is 1.
+
+    Example: edgeft export runs/mbv2 --target onnx --out build/mbv2
+    """
+    from edgeft.artifact import latest_run
+    from edgeft.export import TARGETS
+
+    targets = target or ["onnx"]
+    for name in targets:
+        TARGETS.entry(name)
+    from edgeft import pipeline
+
+    results = pipeline.export(run or latest_run(), targets, out, evaluate=not no_evaluate, progress=_progress())
+    if json_:
+        print(_json([{"target": result.target, "path": str(result.path), **result.summary} for result in results]))
+    else:
+        print("\n".join(line for result in results for line in result.lines))
+
+
+@app.command()
+def show(
+    run: Run = None,
+    formats: Annotated[bool, typer.Option("--formats", help="the number format of every layer as well")] = False,
+    json_: Json = False,
+) -> None:
+    """Show a run: what it is and how accurate.
+
+    Every file is checked against its hash first.
+    """
+    from edgeft.artifact import Artifact, latest_run
+    from edgeft.show import describe, format_table, to_json
+
+    artifact = Artifact.load(run or latest_run())
+    if json_:
+        print(_json(to_json(artifact)))
+    else:
+        print(describe(artifact) + (f"\n\n{format_table(artifact.graph())}" if formats else ""))
+
+
+_LISTS = {
+    "methods": "edgeft.methods:METHODS",
+    "quantizers": "edgeft.quant:QUANTIZERS",
+    "targets": "edgeft.export:TARGETS",
+    "datasets": "edgeft.data:DATASETS",
+    "backbones": "edgeft.quant:BACKBONES",
+}
+
+
+@app.command("list")
+def list_(what: Annotated[str, typer.Argument(metavar="|".join(_LISTS))], json_: Json = False) -> None:
+    """List what can be chosen."""
+    import importlib
+
+    from edgeft.registry import Registry, nearest
+
+    if what not in _LISTS:
+        close = nearest(what, list(_LISTS), n=1)
+        raise ConfigError(f"cannot list '{what}'", f"known: {', '.join(_LISTS)}" + (f"\ndid you mean: {close[0]}" if close else ""))
+    module, _, attribute = _LISTS[what].partition(":")
+    registry: Registry = getattr(importlib.import_module(module), attribute)
+    entries = list(registry)
+    if json_:
+        print(_json([{"name": entry.name, "summary": entry.summary, "extra": entry.extra} for entry in entries]))
+        return
+    width = max(len(entry.name) for entry in entries)
+    for entry in entries:
+        print(f"{entry.name:{width}}  {entry.summary}" + (f"  (needs pip install 'edgeft[{entry.extra}]')" if entry.extra else ""))
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Say what this machine offers.
+
+    Versions, devices, CPU flags that matter, ONNX Runtime providers, compilers, TensorRT, and extras that are missing.
+    """
+    from edgeft.doctor import examine, render
+
+    found = examine()
+    print(_json(found) if json_ else render(found))
+    if found["problems"]:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _json(tree: Any) -> str:
+    return json.dumps(tree, indent=1)
+
+
+def _main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _progress() -> "Progress":
+    from edgeft.progress import Progress
+
+    return Progress(enabled=_main_process())
+
+
+def _fail(message: str, hint: str = "") -> None:
+    print(f"error: {message}", file=sys.stderr)
+    for line in hint.splitlines():
+        print(f"  {line.strip()}", file=sys.stderr)
+
+
+def _explain(error: EdgeftError | OSError) -> int:
+    if isinstance(error, EdgeftError):
+        _fail(error.message, error.hint)
+        return error.exit_code
+    where = f" ('{error.filename}')" if error.filename else ""
+    if error.errno in OUT_OF_SPACE:
+        _fail(f"no space left on the device{where}", "free some space, then repeat the command (train-quantize: with --resume)")
+    else:
+        _fail(f"{error.strerror or error}{where}", "edgeft --debug ... shows where")
+    return EXIT_UNABLE
+
+
+def _explain_usage(error: Any) -> int:
+    similar = getattr(error, "possibilities", None)
+    message = error.message if similar else error.format_message()
+    verb = error.ctx.command_path if error.ctx else "edgeft"
+    _fail(" ".join(message.split()), (f"did you mean: {similar[0]}\n" if similar else "") + f"{verb} --help")
+    return EXIT_UNABLE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 success, 1 checked and failed, 2 could not be done, 130 interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    options = Global()
+    try:
+        code = app(args=arguments, prog_name="edgeft", standalone_mode=False, obj=options)
+    except UsageError as error:
+        return _explain_usage(error)
+    except (EdgeftError, OSError) as error:
+        if options.debug:
+            raise
+        return _explain(error)
+    except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
+    if code == EXIT_INTERRUPTED:
+        _fail("interrupted", "continue with the same command and --resume" if "train-quantize" in arguments else "")
+    return code or 0

@@ -1,0 +1,174 @@
+"""One epoch of training and one pass of validation, on one process or several."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from edgeft.context import TrainContext
+from edgeft.data import Split
+from edgeft.data.loading import TrainImages, batches
+from edgeft.feed import Batch, Step, TrainFeed, epoch_steps, share, split_share, stream_seed
+from edgeft.methods import Stage
+
+EVALUATION_BATCH = 64
+LOOK_EVERY = 20
+"""Steps between looks at the loss where a look makes the device or other processes wait."""
+
+OnStep = Callable[[int, int], None]
+"""on_step(step, total): called before the forward pass of each optimizer step of a rate, `step` from 0."""
+
+
+class Prepared(nn.Module):
+    """What accelerate patches and wraps in place of the caller's model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of image bytes."""
+        logits: Tensor = self.model(images)
+        return logits
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """Mean loss over an epoch, or the step of the rate (from 0) at which it was first not finite."""
+
+    loss: float
+    bad_step: int | None
+
+
+class EpochRunner:
+    """Trains and validates one model by one stage's settings; keeps no state between epochs."""
+
+    def __init__(self, model: nn.Module, stage: Stage, train: Split, val: Split, context: TrainContext, on_step: OnStep | None) -> None:
+        self._model, self._stage, self._context, self._on_step = model, stage, context, on_step
+        self._accelerator = context.accelerator
+        self._n_train = len(train)
+        images = TrainImages(train, context.preprocessing, context.augment, stream_seed(context.seed, stage.name), context.cache)
+        self._feed = TrainFeed(images, context.workers, self._accelerator.device)
+        self._val = split_share(val, self._accelerator.process_index, self._accelerator.num_processes)
+        self.steps_per_epoch = len(self._steps(0))
+        self._prepared = self._accelerator.prepare_model(Prepared(model))
+
+    def close(self) -> None:
+        """Let the accelerator forget the model."""
+        self._accelerator.free_memory()
+
+    def train(self, optimizer: torch.optim.Optimizer, lr: float, epoch: int, advance: Callable[..., None]) -> EpochResult:
+        """One pass over the training images at the cosine rate of `epoch` (from 0) out of the peak rate `lr`.
+
+        Ends early at a loss that is not finite; `advance` is called after each step.
+        """
+        for group in optimizer.param_groups:
+            group["lr"] = lr / 2 * (1 + math.cos(math.pi * epoch / self._stage.epochs))
+        steps = self._steps(epoch)
+        feed = self._feed.epoch(epoch, share(steps, self._accelerator.process_index, self._context.accumulate))
+        self._model.train(self._stage.batch_norm == "train")
+        meter = _LossMeter(self._accelerator, len(steps))
+        with self._dropout_seed(lr, epoch):
+            for number, step in enumerate(steps):
+                if self._on_step is not None:
+                    self._on_step(epoch * len(steps) + number, self._stage.epochs * len(steps))
+                meter.add(self._backward(feed, sum(map(len, step))))
+                if meter.bad_step(number) is not None:
+                    break
+                self._update(optimizer)
+                advance()
+        optimizer.zero_grad()
+        self._agree_on_buffers()
+        return EpochResult(meter.total() / self._n_train, None if meter.bad is None else epoch * len(steps) + meter.bad)
+
+    @torch.no_grad()
+    def n_correct(self) -> int | None:
+        """Correctly classified validation images over all processes; None when a score is not finite."""
+        # Not through the data-parallel wrapper, which would wait for processes that have fewer batches.
+        model = self._accelerator.unwrap_model(self._prepared).eval()
+        device = self._accelerator.device
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        for images, labels in batches(self._val, self._context.preprocessing, EVALUATION_BATCH, self._context.cache):
+            logits = model(torch.from_numpy(images).to(device))
+            right = (logits.argmax(dim=1) == torch.from_numpy(labels).to(device)).sum()
+            counts += torch.stack([right, (~torch.isfinite(logits)).any().long()])
+        correct, broken = self._accelerator.reduce(counts, "sum").tolist()
+        return None if broken else int(correct)
+
+    def _steps(self, epoch: int) -> list[Step]:
+        parts = self._accelerator.num_processes * self._context.accumulate
+        return epoch_steps(self._n_train, self._context.batch, parts, stream_seed(self._context.seed, self._stage.name, "order", epoch))
+
+    def _backward(self, feed: Iterator[Batch], n: int) -> Tensor:
+        """Gradients of the mean loss over the `n` images of a step; returns this process's part of the summed loss."""
+        device, accumulate = self._accelerator.device, self._context.accumulate
+        summed = torch.zeros((), device=device)
+        for micro in range(accumulate):
+            images, labels = (tensor.to(device, non_blocking=True) for tensor in next(feed))
+            with nullcontext() if micro + 1 == accumulate else self._accelerator.no_sync(self._prepared):
+                loss = cross_entropy(self._prepared(images).float(), labels, reduction="sum")
+                # Data-parallel training averages gradients over processes; wanted is their sum over the step's images.
+                self._accelerator.backward(loss * (self._accelerator.num_processes / n))
+            summed += loss.detach()
+        return summed
+
+    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+        """One optimizer step, through the loss scaler where fp16 has one.
+
+        Not through accelerate's optimizer wrapper, which looks for optional packages at every step: 2 ms, a tenth of a small net's.
+        """
+        scaler = self._accelerator.scaler
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad()
+
+    @contextmanager
+    def _dropout_seed(self, lr: float, epoch: int) -> Iterator[None]:
+        """Random numbers drawn while training depend on the place in training only, and leave the caller's generator alone."""
+        device = self._accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(stream_seed(self._context.seed, self._stage.name, lr, epoch, self._accelerator.process_index))
+            yield
+
+    @torch.no_grad()
+    def _agree_on_buffers(self) -> None:
+        """Batch-norm statistics of the main process everywhere; each process has seen other images."""
+        if self._accelerator.num_processes > 1:
+            for buffer in self._model.buffers():
+                buffer.copy_(broadcast(buffer.contiguous()))
+
+
+class _LossMeter:
+    """Sums the loss on the device and looks at it rarely enough not to slow the device down."""
+
+    def __init__(self, accelerator: Accelerator, n_steps: int) -> None:
+        self._accelerator, self._n_steps = accelerator, n_steps
+        self._every = 1 if accelerator.device.type == "cpu" and accelerator.num_processes == 1 else LOOK_EVERY
+        self._sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        self._n_finite = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+        self.bad: int | None = None
+
+    def add(self, loss: Tensor) -> None:
+        """Count one step's summed loss."""
+        self._sum += loss
+        self._n_finite += torch.isfinite(self._sum)  # A sum that is once not finite stays so.
+
+    def bad_step(self, number: int) -> int | None:
+        """The first step of the epoch up to `number` with a bad loss on any process; looked up now and then and on the last step."""
+        if (number + 1) % self._every == 0 or number + 1 == self._n_steps:
+            n_finite = int(self._accelerator.gather(self._n_finite.reshape(1)).min())
+            self.bad = n_finite if n_finite <= number else None
+        return self.bad
+
+    def total(self) -> float:
+        """The loss summed over all images and processes."""
+        return float(self._accelerator.reduce(self._sum, "sum"))

@@ -1,0 +1,116 @@
+"""What each process sees and in which order: seeds, steps of an epoch, training loaders, shares of an evaluation split."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from edgeft.data import ImageSource, Split
+from edgeft.data.loading import TrainImages
+from edgeft.errors import ConfigError
+
+Batch = tuple[Tensor, Tensor]
+"""uint8 images [n, 3, height, width] in channels-last layout, int64 labels [n]."""
+Step = list[list[int]]
+"""Image indices of one optimizer step, one list per process and micro-batch."""
+
+
+def stream_seed(*parts: object) -> int:
+    """A 31-bit seed that depends on the parts alone, e.g. the run's seed, the stage's name and the epoch."""
+    return zlib.crc32("/".join(map(str, parts)).encode()) & 0x7FFFFFFF
+
+
+def epoch_steps(n: int, batch: int, parts: int, seed: int) -> list[Step]:
+    """All `n` images in random order, in steps of at most `batch` images that differ by one image at most; each in `parts`.
+
+    An equal split leaves no short last batch, which would disturb batch norm, and drops no image. Raises ConfigError when a step
+    has fewer images than parts.
+    """
+    order = np.random.default_rng(seed).permutation(n)
+    steps = np.array_split(order, -(-n // batch))
+    smallest = n // len(steps)
+    if smallest < parts:
+        raise ConfigError(
+            f"a step of {smallest} images cannot be split over {parts} processes and micro-batches",
+            "raise train.batch, or lower train.accumulate or the number of processes",
+        )
+    return [[part.tolist() for part in np.array_split(step, parts)] for step in steps]
+
+
+def share(steps: Sequence[Step], process: int, accumulate: int) -> list[list[int]]:
+    """The micro-batches of one process, in order: `accumulate` for each step."""
+    return [part for step in steps for part in step[process * accumulate : (process + 1) * accumulate]]
+
+
+def collate(items: Sequence[tuple[Tensor, int]]) -> Batch:
+    """Stack images and labels, images in channels-last layout."""
+    images = torch.stack([image for image, _ in items]).contiguous(memory_format=torch.channels_last)
+    return images, torch.tensor([label for _, label in items], dtype=torch.int64)
+
+
+class TrainFeed:
+    """Batches of a training dataset, by given lists of indices, decoded by `workers` processes (0: here) ahead of time.
+
+    The images must depend on epoch and index alone, as `TrainImages` does: the order of decoding is then of no consequence.
+    Workers live as long as the feed, and so do the images that they keep in memory.
+    """
+
+    def __init__(self, images: TrainImages, workers: int, device: torch.device) -> None:
+        self._images = images
+        self._order: list[list[int]] = []
+        self._loader = DataLoader(
+            images,
+            batch_sampler=_Order(self._order),
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # Its own, because a loader draws a number even when nothing is random.
+        )
+
+    def epoch(self, epoch: int, order: Sequence[list[int]]) -> Iterator[Batch]:
+        """The views of one epoch, in batches of the given indices."""
+        self._images.set_epoch(epoch)
+        self._order[:] = order
+        return iter(self._loader)
+
+
+class _Order:
+    """A batch sampler whose list is replaced between epochs."""
+
+    def __init__(self, order: list[list[int]]) -> None:
+        self._order = order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._order)
+
+
+class _Part:
+    """Some images of another source."""
+
+    def __init__(self, source: ImageSource, indices: NDArray[np.int64]) -> None:
+        self._source = source
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """RGB bytes of one image."""
+        return self._source.image(int(self._indices[index]))
+
+
+def split_share(split: Split, process: int, n_processes: int) -> Split:
+    """The part of an evaluation split that one process sees: every image belongs to exactly one process."""
+    if n_processes == 1:
+        return split
+    indices = np.arange(process, len(split), n_processes)
+    return replace(split, images=_Part(split.images, indices), labels=split.labels[indices])

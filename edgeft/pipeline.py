@@ -1,0 +1,235 @@
+"""train_quantize(), export() and plan(): the stages in order."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgeft.artifact import Artifact, claim_run, is_finished, write_artifact
+from edgeft.checkpoint import state_of
+from edgeft.config import Config
+from edgeft.context import TrainContext, make_accelerator
+from edgeft.data import Dataset
+from edgeft.data.loading import ImageCache, load_dataset, subset
+from edgeft.data.preprocess import Preprocessing
+from edgeft.errors import ConfigError, DataError
+from edgeft.evaluate import Predictions, evaluate
+from edgeft.export import TARGETS, ExportResult
+from edgeft.export.verify import verify
+from edgeft.graph import IntegerGraph
+from edgeft.interpret import Interpreter
+from edgeft.methods import METHODS, Stage
+from edgeft.methods.run import run_stages
+from edgeft.models import Classifier, build_classifier
+from edgeft.progress import Progress
+from edgeft.quant.net import TrainingGraph
+from edgeft.quant.stage import Quantized, plan_of, quantize
+from edgeft.report import EvalReport, ModelResult, render
+from edgeft.runner import Images, Logits, Runner
+
+FLOAT, FIXED_POINT = "float", "fixed point"
+
+
+class FloatModel:
+    """Runner over the fine-tuned classifier."""
+
+    name = FLOAT
+
+    def __init__(self, classifier: Classifier) -> None:
+        self._classifier = classifier.eval()
+        self._device = classifier.mean.device
+
+    def logits(self, images: Images) -> Logits:
+        """Scores of a batch, float32."""
+        with torch.inference_mode():
+            out: Logits = self._classifier(torch.from_numpy(images).to(self._device)).float().cpu().numpy()
+        return out
+
+
+def plan(config: Config) -> list[str]:
+    """What train_quantize would do, after checking data, backbone and every layer; writes nothing."""
+    dataset = load_dataset(config, Progress(False))
+    classifier, stages = _prepare(config, dataset)
+    steps = plan_of(classifier, config.quant.profile)
+    counts = ", ".join(f"{split.name} {len(split)}" for split in (dataset.train, dataset.val, *dataset.tests))
+    p = classifier.preprocessing
+    lines = [f"data        {dataset.name}: {len(dataset.classes)} classes; images: {counts}", *(f"            {note}" for note in dataset.notes)]
+    lines.append(f"backbone    {config.model.backbone}, {p.size} px {p.interpolation}, {sum(v.numel() for v in classifier.parameters()):,} parameters")
+    lines += [f"{stage.name:11} {_describe(stage)}" for stage in stages]
+    q = config.quant
+    lines.append(f"quantize    {len(steps.weighted())} layers; format {q.format} per {q.granularity}, profile {q.profile}, {q.epochs} epochs of QAT")
+    lines.append(f"write       {config.run_dir}")
+    return lines
+
+
+def train_quantize(config: Config, *, resume: bool = False, progress: Progress | None = None) -> Artifact:
+    """Fine-tune, quantize, lower, verify and measure; returns the artifact in `config.run_dir`.
+
+    With `resume`, an interrupted run of the same configuration goes on where it was and ends with the same weights; a finished one
+    is returned as it is. Everything that can be refused is refused before training: data, backbone, weights, layers, output
+    directory (ConfigError, DataError, UnsupportedError, ArtifactError). Raises TrainingError when no learning rate converges
+    and VerificationError when the interpreter and the training graph differ in any code.
+    """
+    progress = progress or Progress(False)
+    if resume and is_finished(config.run_dir):
+        claim_run(config.run_dir, config.model_dump(mode="json"), resume=True)
+        return Artifact.load(config.run_dir)
+    accelerator = make_accelerator(config)
+    dataset = load_dataset(config, progress if accelerator.is_main_process else Progress(False))
+    classifier, stages = _prepare(config, dataset)
+    n_layers = len(plan_of(classifier, config.quant.profile).weighted())
+    if accelerator.is_main_process:
+        claim_run(config.run_dir, config.model_dump(mode="json"), resume=resume)
+    accelerator.wait_for_everyone()
+    context = TrainContext(
+        accelerator, config.seed, config.train.batch, config.train.accumulate, config.run_dir / "work", progress,
+        classifier.preprocessing, dataset.augment if config.data.augment == "auto" else config.data.augment,
+        config.data.workers, ImageCache(config.data.cache_mb),
+    )  # fmt: skip
+    for note in dataset.notes:
+        context.say(note)
+    records = run_stages(classifier, stages, dataset, context)
+    float_state = {name: tensor.detach().cpu().numpy() for name, tensor in state_of(classifier.net).items()}
+    measured = _measure(FloatModel(classifier), dataset, context, None)
+    context.say(f"quantize {n_layers} layers, format {config.quant.format} per {config.quant.granularity}, profile {config.quant.profile}")
+    rates = [record["result"]["lr"] for record in records if "lr" in record["result"]]
+    full_precision = replace(context, accelerator=make_accelerator(_fp32(config)))
+    quantized = quantize(classifier, dataset, full_precision, config, rates[-1] if rates else None)
+    context.say(f"formats: {quantized.formats.summary()}")
+    _verify_lowering(quantized, dataset, context, config)
+    fixed = _measure(TrainingGraph(quantized.net), dataset, context, measured[1])
+    report = EvalReport((measured[0], fixed[0]))
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return Artifact.load(config.run_dir) if is_finished(config.run_dir) else _after_main(config, accelerator)
+    artifact = _write(config, dataset, context, quantized, report, float_state, records, {FLOAT: measured[1], FIXED_POINT: fixed[1]})
+    accelerator.wait_for_everyone()
+    shutil.rmtree(context.work, ignore_errors=True)
+    return artifact
+
+
+def _fp32(config: Config) -> Config:
+    # Rounding by addition needs float32; autocast is for the float stages only.
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
+
+
+def _after_main(config: Config, accelerator: Any) -> Artifact:
+    accelerator.wait_for_everyone()
+    return Artifact.load(config.run_dir)
+
+
+def _prepare(config: Config, dataset: Dataset) -> tuple[Classifier, list[Stage]]:
+    stages: list[Stage] = METHODS.get(config.train.method).stages(config)
+    return build_classifier(config.model, config.data, len(dataset.classes), dataset.size, config.seed), stages
+
+
+def _describe(stage: Stage) -> str:
+    if stage.solver == "lbfgs":
+        return f"L-BFGS, penalties {', '.join(f'{value:g}' for value in stage.penalties)}"
+    rates = ", ".join(f"{rate:g}" for rate in stage.learning_rates)
+    return f"SGD, {stage.epochs} epochs at each of {rates}; batch norm {stage.batch_norm}"
+
+
+def _measure(
+    runner: Runner, dataset: Dataset, context: TrainContext, float_predictions: dict[str, Predictions] | None
+) -> tuple[ModelResult, dict[str, Predictions]]:
+    progress = context.progress if context.accelerator.is_main_process else Progress(False)
+    return evaluate(runner, dataset, context.preprocessing, float_predictions=float_predictions, progress=progress, cache=context.cache)
+
+
+def _verify_lowering(quantized: Quantized, dataset: Dataset, context: TrainContext, config: Config) -> None:
+    images = subset(dataset.tests, context.preprocessing, config.verify.samples, config.seed)
+    with context.task(f"compare every layer on {len(images)} images", len(images)) as advance:
+        interpreter, trained = Interpreter(quantized.graph), TrainingGraph(quantized.net)
+        for start in range(0, len(images), 32):
+            advance(verify(interpreter, trained, images[start : start + 32]))
+    context.say(f"interpreter = training graph: 0 differing codes in {len(quantized.graph.tensors)} tensors on {len(images)} images")
+
+
+def _write(
+    config: Config, dataset: Dataset, context: TrainContext, quantized: Quantized, report: EvalReport,
+    float_state: dict[str, Any], records: list[dict[str, Any]], predictions: dict[str, dict[str, Predictions]],
+) -> Artifact:  # fmt: skip
+    images = subset(dataset.tests, context.preprocessing, config.verify.golden, config.seed + 1)
+    logits = quantized.graph.output
+    codes = np.concatenate([Interpreter(quantized.graph).layers(part)[logits] for part in np.array_split(images, max(1, len(images) // 16))])
+    return write_artifact(
+        config.run_dir, kind="quantized", config=config.model_dump(mode="json"), seed=config.seed,
+        preprocessing=context.preprocessing.to_json(), classes=dataset.classes,
+        arrays={
+            "weights.safetensors": dict(quantized.graph.constants), "float.safetensors": float_state,
+            "samples.safetensors": {"images": images, f"layer:{logits}": codes},
+            "predictions.safetensors": {f"{model}/{split}": top for model, found in predictions.items() for split, top in found.items()},
+        },
+        documents={
+            "graph.json": quantized.graph.to_json(), "formats.json": quantized.formats.to_json(), "report.json": report.to_json(),
+            "training.json": {"stages": records, "qat": quantized.record, "notes": list(dataset.notes)},
+        },
+    )  # fmt: skip
+
+
+def export(
+    run: Path, targets: Sequence[str] = ("onnx",), out: Path | None = None, *, evaluate: bool = True, progress: Progress | None = None
+) -> list[ExportResult]:
+    """Export a run to each target, verify it code for code, and measure the exported model where the run's data are at hand.
+
+    Writes `out`/<target> (default RUN/export/<target>), each an artifact of kind "exported". Raises VerificationError when a single
+    code differs, UnsupportedError when a target cannot express the network, ArtifactError for a damaged run.
+    """
+    progress = progress or Progress(False)
+    for name in targets:
+        TARGETS.entry(name)
+    artifact = Artifact.load(run)
+    config = Config.model_validate(artifact.manifest.config)
+    dataset = _dataset_of(artifact, config, progress) if evaluate else None
+    return [_export_one(artifact, name, (out or artifact.path / "export") / name, dataset, config, progress) for name in targets]
+
+
+def _export_one(artifact: Artifact, name: str, out: Path, dataset: Dataset | str | None, config: Config, progress: Progress) -> ExportResult:
+    target = TARGETS.get(name)
+    result: ExportResult = target.export(artifact, out)
+    report, lines = artifact.report(), list(result.lines)
+    summary = dict(result.summary)
+    if isinstance(dataset, Dataset):
+        runner, p = target.load(out), Preprocessing.from_json(artifact.manifest.preprocessing)
+        images = subset(dataset.tests, p, config.verify.samples, config.seed)
+        with progress.task(f"compare every layer of '{name}' on {len(images)} images", len(images)) as advance:
+            graph: IntegerGraph = artifact.graph()
+            for start in range(0, len(images), 32):
+                advance(verify(Interpreter(graph), runner, images[start : start + 32]))
+        stored = {key.partition("/")[2]: top for key, top in artifact.arrays("predictions.safetensors").items() if key.startswith(f"{FLOAT}/")}
+        report = report.with_model(_evaluated(runner, dataset, p, stored, progress))
+        summary |= {"compared_images": len(images), "report": report.to_json()}
+        lines += [f"       0 differing codes in {len(graph.tensors)} tensors on {len(images)} test images", "", render(report)]
+    elif dataset is not None:
+        lines.append(f"       accuracy not measured: {dataset}")
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() and path.name not in _EXPORT_DOCUMENTS)
+    write_artifact(
+        out, kind="exported", config=artifact.manifest.config, seed=artifact.manifest.seed, preprocessing=artifact.manifest.preprocessing,
+        classes=artifact.manifest.classes, arrays={}, documents={"report.json": report.to_json(), "export.json": {"target": name, **summary}},
+        existing=files, parent=artifact.digest,
+    )  # fmt: skip
+    return ExportResult(result.target, result.path, summary, tuple(lines))
+
+
+_EXPORT_DOCUMENTS = ("manifest.json", "report.json", "export.json")
+
+
+def _evaluated(runner: Runner, dataset: Dataset, p: Preprocessing, stored: dict[str, Predictions], progress: Progress) -> ModelResult:
+    return evaluate(runner, dataset, p, float_predictions=stored, progress=progress)[0]
+
+
+def _dataset_of(artifact: Artifact, config: Config, progress: Progress) -> Dataset | str:
+    """The data that the run was measured on; or why they cannot be had any more."""
+    try:
+        dataset = load_dataset(config, progress)
+    except (DataError, ConfigError) as error:
+        return error.message
+    counts = {split.split: split.n for split in artifact.report().models[0].splits}
+    if {split.name: len(split) for split in dataset.tests} != counts:
+        return f"the images of '{config.data.source}' are not those that the run was measured on"
+    return dataset

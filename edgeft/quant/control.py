@@ -1,0 +1,86 @@
+"""Formats that follow the statistics during QAT: running sigma, hysteresis, and a stated step at which they freeze."""
+
+import math
+
+import torch
+
+from edgeft.config import QuantConfig
+from edgeft.quant.brevitas_bridge import FixedPointQuant
+from edgeft.quant.f8net import SIGNED_STD, octaves, std_constant
+from edgeft.quant.net import FixedPointNet
+from edgeft.quant.plan import GlobalPoolStep
+from edgeft.quant.rescale import IMAGE_NORM
+
+
+class FormatControl:
+    """Moves formats by F8Net's rule while QAT runs; `before_step` is the training loop's hook.
+
+    Every `update_every` steps sigma is measured and averaged (sigma itself, not the floored fraction, which would stick in a
+    limit cycle). A fraction moves only when sigma is past its threshold by `hysteresis` octaves, at most by one, and never
+    after `freeze_at` of the steps. Only the rule `std` moves: the other two chose by an error that needs the float tensors.
+    """
+
+    def __init__(self, net: FixedPointNet, config: QuantConfig, sigmas: dict[str, float]) -> None:
+        self.net = net
+        self.config = config
+        self.moves = 0
+        # Pools of rectified values were chosen by their root mean square; a deviation says nothing about them.
+        self.points = {p.name: std_constant(p.format, relu=p.relu) for p in net.points
+                       if p.name != IMAGE_NORM and not (isinstance(net.plan[p.name], GlobalPoolStep) and not p.format.signed)}  # fmt: skip
+        layers = [step.name for step in net.plan.weighted() if step.name != IMAGE_NORM]
+        self.layers = [name for name in layers if net.layer(name).body.frac.ndim == 0]
+        for name in self.points:
+            _remember(net.quantizer(name).body, sigmas[name])
+        for name in self.layers:
+            _remember(net.layer(name).body, float(net.layer(name).weight.detach().double().std(correction=0)))
+
+    def before_step(self, step: int, total: int) -> None:
+        """Called before each forward pass of training; `step` counts from 0."""
+        if self.config.format != "std":
+            return
+        frozen_from = math.floor(self.config.freeze_at * total)
+        if step > 0 and self._due(step - 1, frozen_from):
+            self._update()
+        due = self._due(step, frozen_from)
+        for body in self._bodies():
+            body.observing = due
+
+    def _due(self, step: int, frozen_from: int) -> bool:
+        return step < frozen_from and step % self.config.update_every == 0
+
+    def _bodies(self) -> list[FixedPointQuant]:
+        return [self.net.quantizer(n).body for n in self.points] + [self.net.layer(n).body for n in self.layers]
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        proposals = {p.name: self.net.frac(p.name) for p in self.net.points}
+        for name, constant in self.points.items():
+            sigma = self._average(self.net.quantizer(name).body)
+            proposals[name] += self._move(proposals[name], constant, sigma)
+        self.net.set_fracs(proposals)
+        for name in self.layers:
+            (frac,) = self.net.weight_fracs(name)
+            sigma = self._average(self.net.layer(name).body)
+            self.net.set_weight_fracs(name, (frac + self._move(frac, SIGNED_STD, sigma),))
+
+    def _average(self, body: FixedPointQuant) -> float:
+        new = body.take_sigma()
+        if math.isfinite(new):
+            body.running_sigma.mul_(self.config.sigma_momentum).add_((1 - self.config.sigma_momentum) * new)
+        return float(body.running_sigma)
+
+    def _move(self, frac: int, constant: float, sigma: float) -> int:
+        if sigma <= 0:
+            return 0
+        wanted = octaves(constant, sigma)  # frac is right while frac <= wanted < frac + 1
+        if wanted < frac - self.config.hysteresis:
+            self.moves += 1
+            return -1
+        if wanted >= frac + 1 + self.config.hysteresis:
+            self.moves += 1
+            return 1
+        return 0
+
+
+def _remember(body: FixedPointQuant, sigma: float) -> None:
+    body.running_sigma.fill_(sigma)

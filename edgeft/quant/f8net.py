@@ -1,0 +1,59 @@
+"""F8Net's choice of a format from statistics (Jin et al., ICLR 2022, arXiv:2202.05239), and two alternatives. No torch.
+
+The constants come from the published error analysis: with c / sigma between 2^frac and 2^(frac + 1), quantizing a Gaussian of
+deviation sigma at `frac` has (nearly) the smallest relative error.
+"""
+
+import math
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeft.fixedpoint import FixedPointFormat, dequantize, quantize
+
+Rule = Literal["std", "grid", "minmax"]
+
+SIGNED_STD = 40.0
+"""c of signed 8-bit values."""
+UNSIGNED_STD = 70.0
+"""c of unsigned 8-bit values, with sigma that of the value *before* rectification."""
+UNSIGNED_RMS = 50.0
+"""c of unsigned 8-bit values for the root mean square of the already rectified value."""
+EMPTY_FRAC = 7
+"""Fraction of a tensor that is zero everywhere: any will do."""
+GRID = 5
+"""Fractions that the grid search tries, upwards from the largest that saturates nothing."""
+
+
+def octaves(constant: float, sigma: float) -> float:
+    """log2(c / sigma); its floor is the fraction."""
+    return math.log2(constant / sigma)
+
+
+def std_constant(fmt: FixedPointFormat, *, relu: bool) -> float:
+    """c for the deviation before rectification. A rectified value in a signed format has half the codes of an unsigned one."""
+    if not fmt.signed:
+        return UNSIGNED_STD
+    return UNSIGNED_STD / 2.0 if relu else SIGNED_STD
+
+
+def minmax_frac(peak: float, max_code: int) -> int:
+    """Largest fraction at which `peak` does not saturate."""
+    return math.floor(math.log2(max_code / peak)) if peak > 0 else EMPTY_FRAC
+
+
+def grid_frac(sample: NDArray[np.floating], fmt: FixedPointFormat, *, relu: bool) -> int:
+    """Fraction of least squared error to the rectified `sample`, among GRID candidates; ties go to the smaller one."""
+    wanted = np.maximum(sample, 0.0) if relu else sample
+    start = minmax_frac(float(np.abs(wanted).max(initial=0.0)), fmt.max_code)
+    errors = []
+    for frac in range(start, start + GRID):
+        trial = FixedPointFormat(fmt.width, frac, fmt.signed, fmt.narrow)
+        errors.append(float(np.square(dequantize(quantize(wanted, trial), trial) - wanted).sum()))
+    return start + int(np.argmin(errors))
+
+
+def std_frac(sigma: float, constant: float) -> int:
+    """floor(log2(c / sigma)), F8Net eq. for the fractional length, without the published clamp to 0 ... 8."""
+    return math.floor(octaves(constant, sigma)) if sigma > 0 else EMPTY_FRAC

@@ -1,0 +1,111 @@
+"""Lower a trained FixedPointNet to the IntegerGraph: weights and biases as integers, formats on every edge, bounds proven."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgeft.errors import UnsupportedError
+from edgeft.fixedpoint import FixedPointFormat
+from edgeft.graph import FLOAT32_EXACT, Add, Conv, Flatten, GlobalPool, IntegerGraph, Linear, MaxPool, Op, Tensor, accumulator_bound
+from edgeft.quant.formats import MAX_SHIFT, FormatTable, LayerFormats, weight_format
+from edgeft.quant.net import FixedPointNet
+from edgeft.quant.plan import IMAGE, AddStep, ConvStep, FlattenStep, GlobalPoolStep, LinearStep, MaxPoolStep, Step, Weighted
+from edgeft.quant.rescale import image_format
+
+MAX_NARROWING = 8
+
+
+def integers(net: FixedPointNet, step: Weighted) -> tuple[NDArray[np.int8], NDArray[np.int32]]:
+    """Weight codes and bias codes of a layer. Raises UnsupportedError when the bias does not fit 32 bits."""
+    layer = net.layer(step.name)
+    with torch.no_grad():
+        weight = layer.rounded_weight().double() * torch.exp2(layer.body.frac.double())
+        bias = layer.rounded_bias().double() * torch.exp2(layer.bias_frac.double())
+    if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        raise UnsupportedError(f"layer '{step.name}' has weights that are not finite numbers")
+    if float(bias.abs().max()) >= 2.0**31:
+        raise UnsupportedError(f"layer '{step.name}': its bias does not fit 32 bits at fraction {int(layer.bias_frac.max())}")
+    return weight.cpu().numpy().astype(np.int8), bias.cpu().numpy().astype(np.int32)
+
+
+def enforce_bounds(net: FixedPointNet) -> list[str]:
+    """Coarsen weight formats until float32 runtimes and 32-bit accumulators are exact; returns the layers that were narrowed.
+
+    A float32 accumulator is exact up to 2^24. Beyond that a hidden layer is safe only if its output saturates anyway (shift at
+    most 16, 17 for signed outputs); logits are not saturated, so theirs must stay within. Raises UnsupportedError.
+    """
+    narrowed = []
+    for step in net.plan.weighted():
+        if isinstance(step, ConvStep) and step.fixed:
+            continue
+        for _ in range(MAX_NARROWING):
+            if _exact(net, step):
+                break
+            net.set_weight_fracs(step.name, tuple(f - 1 for f in net.weight_fracs(step.name)))
+            narrowed.append(step.name)
+        else:
+            raise UnsupportedError(f"layer '{step.name}': no weight format keeps its accumulator exact")
+    return sorted(set(narrowed))
+
+
+def _exact(net: FixedPointNet, step: Weighted) -> bool:
+    bound = accumulator_bound(*integers(net, step), net.format(step.inputs[0]))
+    if step.name == net.plan.output or bound <= FLOAT32_EXACT:
+        return bound <= FLOAT32_EXACT
+    shift = net.frac(step.inputs[0]) + max(net.weight_fracs(step.name)) - net.frac(step.name)
+    return bound < 2**31 and shift <= MAX_SHIFT[net.format(step.name).signed]
+
+
+def lower(net: FixedPointNet) -> IntegerGraph:
+    """IntegerGraph with the same integers as the eval-mode training graph."""
+    constants: dict[str, NDArray[Any]] = {}
+    tensors = {IMAGE: Tensor(IMAGE, net.plan.image_shape, image_format(net.plan))}
+    ops: list[Op] = []
+    for step in net.plan.steps:
+        op = _lower_step(net, step, constants)
+        tensors[step.name] = Tensor(step.name, step.shape, _output_format(net, step))
+        ops.append(op)
+    return IntegerGraph(tensors, tuple(ops), IMAGE, net.profile, constants=constants)  # type: ignore[arg-type]
+
+
+def _output_format(net: FixedPointNet, step: Step) -> FixedPointFormat:
+    if step.name != net.plan.output:
+        return net.format(step.name)
+    return FixedPointFormat(32, net.frac(step.inputs[0]) + net.weight_fracs(step.name)[0], signed=True)
+
+
+def _lower_step(net: FixedPointNet, step: Step, constants: dict[str, NDArray[Any]]) -> Op:
+    source = step.inputs[0]
+    match step:
+        case ConvStep() | LinearStep():
+            weight, bias = f"{step.name}.weight", f"{step.name}.bias"
+            constants[weight], constants[bias] = integers(net, step)
+            fracs = net.weight_fracs(step.name)
+            if isinstance(step, LinearStep):
+                return Linear(step.name, source, weight, bias, fracs, step.relu)
+            return Conv(step.name, source, weight, bias, fracs, step.stride, step.padding, step.dilation, step.groups, step.relu)
+        case AddStep():
+            return Add(step.name, source, step.inputs[1], step.relu)
+        case MaxPoolStep():
+            return MaxPool(step.name, source, step.kernel, step.stride, step.padding)
+        case GlobalPoolStep():
+            return GlobalPool(step.name, source, step.divisor_log2)
+        case FlattenStep():
+            return Flatten(step.name, source)
+    raise UnsupportedError(f"layer '{step.name}' ({type(step).__name__}) has no integer form")
+
+
+def format_table(net: FixedPointNet, graph: IntegerGraph, rule: str, granularity: str, sigmas: dict[str, float]) -> FormatTable:
+    """What was chosen for every layer and activation, for the artifact and the report."""
+    layers = {}
+    for op in graph.ops:
+        if isinstance(op, Conv | Linear):
+            output = None if op.output == graph.output else graph.format(op.output)
+            sigma = float(net.layer(op.output).weight.detach().double().std(correction=0))
+            bits = graph.accumulator_bound(op).bit_length() + 1
+            weights = tuple(weight_format(frac) for frac in op.weight_frac)
+            layers[op.output] = LayerFormats(weights, graph.format(op.input), output, sigma, bits)
+    activations = {p.name: graph.format(p.name) for p in net.points}
+    return FormatTable(rule, granularity, layers, activations, sigmas)

@@ -1,0 +1,44 @@
+"""Export targets: what turns a quantized artifact into something a runtime executes, and the registry of them."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgeft import VerbModule
+from edgeft.artifact import Artifact
+from edgeft.registry import Entry, Registry
+from edgeft.runner import LayerRunner
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export made: `path` is its directory, `summary` is for machines, `lines` are for people."""
+
+    target: str
+    path: Path
+    summary: dict[str, Any]
+    lines: tuple[str, ...]
+
+
+class ExportTarget(Protocol):
+    """One way to run a fixed-point model outside PyTorch."""
+
+    def export(self, artifact: Artifact, out: Path) -> ExportResult:
+        """Write the model under `out` and verify it on the artifact's golden samples.
+
+        Raises UnsupportedError when the target cannot reproduce the graph and VerificationError when it did not.
+        """
+        ...
+
+    def load(self, out: Path, threads: int | None = None) -> LayerRunner:
+        """Open what `export` wrote under `out`. Raises ArtifactError when it is not there."""
+        ...
+
+
+TARGETS = Registry(
+    "export target",
+    Entry("onnx", "QDQ ONNX for ONNX Runtime, every layer fused to an 8-bit operator", "edgeft.export.onnx_qdq:TARGET"),
+)
+
+sys.modules[__name__].__class__ = VerbModule  # edgeft.export(run, targets) is the verb, edgeft.export.TARGETS the package

@@ -1,0 +1,159 @@
+"""Run an exported ONNX file on ONNX Runtime's CPU provider: logits, every layer, and what was fused."""
+
+import json
+import platform
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edgeft.errors import ArtifactError, VerificationError
+from edgeft.fixedpoint import FixedPointFormat
+from edgeft.runner import Images, Logits
+
+INPUT, OUTPUT = "images", "logits"
+TENSORS_KEY = "edgeft.tensors"
+"""Metadata key: JSON list, in execution order, of what StoredTensor holds."""
+AVX2_PRECISION_KEY = "session.x64quantprecision"
+"""Session entry: on x86 without VNNI, unsigned * signed products are summed in pairs in 16 bits, which saturate; "1" avoids it."""
+_FLOAT_OPERATORS = frozenset(
+    {"Add", "Conv", "DequantizeLinear", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "QuantizeLinear"}
+)
+_VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni"})
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """How the file stores one tensor of the IntegerGraph: ONNX name, format, and what was added to a code to get the byte.
+
+    A 32-bit format is stored as float32 real values.
+    """
+
+    name: str
+    onnx: str
+    format: FixedPointFormat
+    zero_point: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"name": self.name, "onnx": self.onnx, "format": str(self.format), "zero_point": self.zero_point}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> "StoredTensor":
+        """Inverse of to_json."""
+        return cls(tree["name"], tree["onnx"], FixedPointFormat.parse(tree["format"]), tree["zero_point"])
+
+    def codes(self, stored: NDArray[Any]) -> NDArray[np.int64]:
+        """Codes of stored values. Raises VerificationError when a real value is not a whole number of steps."""
+        if self.format.width <= 8:
+            return stored.astype(np.int64) - self.zero_point
+        codes = np.ldexp(stored.astype(np.float64), self.format.frac)
+        if not np.array_equal(codes, np.rint(codes)):
+            raise VerificationError(f"layer '{self.name}': ONNX Runtime gives values that are not multiples of 2^{-self.format.frac}")
+        return codes.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """The operators ONNX Runtime executes after its optimizations, and the names of the nodes it left in float."""
+
+    operators: dict[str, int]
+    in_float: tuple[str, ...]
+
+
+class OnnxRunner:
+    """An exported model in ONNX Runtime.
+
+    `logits` runs the file as it is. `layers` runs a second session in which the bytes of every tensor are graph outputs too;
+    fusion is the same in both, because only what the fused operators write anyway is shown.
+    `optimise=False` runs the Q/DQ graph node by node, in float arithmetic.
+    """
+
+    name = "onnx"
+
+    def __init__(self, path: Path, threads: int | None = None, *, optimise: bool = True) -> None:
+        """Open a file. Raises ArtifactError when it is missing or was not written by edgeft."""
+        if not path.is_file():
+            raise ArtifactError(f"'{path}' does not exist", "edgeft export RUN --target onnx")
+        self._path = path
+        self._threads = threads
+        self._optimise = optimise
+        self._session = ort.InferenceSession(path, session_options(threads, optimise=optimise), providers=["CPUExecutionProvider"])
+        self._tensors = _stored_tensors(self._session, path)
+
+    def logits(self, images: Images) -> Logits:
+        """Scores [n, classes]."""
+        scores: Logits = self._session.run([OUTPUT], {INPUT: images})[0]
+        return scores
+
+    def layers(self, images: Images) -> dict[str, NDArray[np.int64]]:
+        """Codes of every tensor. Raises VerificationError when a 32-bit tensor does not hold whole accumulators."""
+        shown = [tensor.onnx for tensor in self._tensors if tensor.onnx != INPUT]
+        stored = dict(zip(shown, self._layer_session.run(shown, {INPUT: images}), strict=True))
+        return {tensor.name: tensor.codes(stored.get(tensor.onnx, images)) for tensor in self._tensors}
+
+    @cached_property
+    def _layer_session(self) -> ort.InferenceSession:
+        model = with_layer_outputs(onnx.load(self._path), self._tensors)
+        options = session_options(self._threads, optimise=self._optimise)
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def with_layer_outputs(model: onnx.ModelProto, tensors: list[StoredTensor]) -> onnx.ModelProto:
+    """The same model (changed in place) with every stored tensor as a graph output."""
+    outputs = {value.name for value in model.graph.output}
+    for tensor in tensors:
+        if tensor.onnx not in outputs | {INPUT}:
+            kind = onnx.TensorProto.UINT8 if tensor.format.width <= 8 else onnx.TensorProto.FLOAT
+            model.graph.output.append(onnx.helper.make_tensor_value_info(tensor.onnx, kind, None))
+    return model
+
+
+def fusion(model: onnx.ModelProto) -> Fusion:
+    """What ONNX Runtime makes of a model on this machine, read from the optimized model it writes."""
+    with tempfile.TemporaryDirectory() as directory:
+        options = session_options(None, optimise=True)
+        options.optimized_model_filepath = str(Path(directory) / "optimized.onnx")
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        optimized = onnx.load(options.optimized_model_filepath)
+    nodes = optimized.graph.node
+    # Logits stored in 8 bits are read by a last DequantizeLinear, which is the output format and not a float layer.
+    in_float = [node.name for node in nodes if node.op_type in _FLOAT_OPERATORS and OUTPUT not in _outputs_of_dequantize(node)]
+    return Fusion(dict(sorted(Counter(node.op_type for node in nodes).items())), tuple(in_float))
+
+
+def lacks_vnni(machine: str, cpuinfo: str) -> bool:
+    """Whether an x86 CPU sums byte products in 16 bits: no VNNI flag in the text of /proc/cpuinfo, or no such text to tell."""
+    return machine.lower() in ("x86_64", "amd64") and not _VNNI_FLAGS & set(cpuinfo.split())
+
+
+def _outputs_of_dequantize(node: onnx.NodeProto) -> list[str]:
+    return list(node.output) if node.op_type == "DequantizeLinear" else []
+
+
+def session_options(threads: int | None, *, optimise: bool) -> ort.SessionOptions:
+    """Options that keep a session exact on the machine at hand."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+    cpuinfo = Path("/proc/cpuinfo")
+    if lacks_vnni(platform.machine(), cpuinfo.read_text() if cpuinfo.is_file() else ""):
+        options.add_session_config_entry(AVX2_PRECISION_KEY, "1")
+    return options
+
+
+def _stored_tensors(session: ort.InferenceSession, path: Path) -> list[StoredTensor]:
+    text = session.get_modelmeta().custom_metadata_map.get(TENSORS_KEY)
+    if text is None:
+        raise ArtifactError(f"'{path}' was not exported by edgeft: it has no metadata '{TENSORS_KEY}'")
+    return [StoredTensor.from_json(tree) for tree in json.loads(text)]

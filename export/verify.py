@@ -1,0 +1,61 @@
+"""Compare a Runner with the interpreter, layer by layer; zero differing codes or an error that names the layer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeft.errors import VerificationError
+from edgeft.runner import Images, LayerRunner
+
+BATCH = 16
+"""Images compared at a time: every tensor of both runners is held as int64."""
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """One tensor whose codes differ: how many `of` how many, and the largest absolute difference in codes."""
+
+    layer: str
+    differing: int
+    largest: int
+    of: int
+
+
+def compare(reference: LayerRunner, candidate: LayerRunner, images: Images) -> list[LayerDifference]:
+    """The layers that differ, in execution order. Raises VerificationError when a layer is missing or has another shape."""
+    expected, found = reference.layers(images), candidate.layers(images)
+    differences = []
+    for layer, codes in expected.items():
+        if layer not in found:
+            raise VerificationError(f"{candidate.name} does not show layer '{layer}' of {reference.name}")
+        if found[layer].shape != codes.shape:
+            raise VerificationError(f"layer '{layer}': {candidate.name} has shape {found[layer].shape}, {reference.name} {codes.shape}")
+        distance = np.abs(codes - found[layer])
+        if distance.any():
+            differences.append(LayerDifference(layer, int(np.count_nonzero(distance)), int(distance.max()), distance.size))
+    return differences
+
+
+def verify(reference: LayerRunner, candidate: LayerRunner, images: Images, batch: int = BATCH) -> int:
+    """Compare all layers and the logits on every image; the number of images compared.
+
+    Raises VerificationError naming the first layer that differs, or the logits when only they do.
+    """
+    for part in _batches(images, batch):
+        differences = compare(reference, candidate, part)
+        if differences:
+            first = differences[0]
+            raise VerificationError(
+                f"layer '{first.layer}': {candidate.name} differs from {reference.name} in {first.differing} of {first.of} codes, "
+                f"by up to {first.largest}",
+                f"{len(differences)} layers differ; the earlier ones are equal, so look at the operator that writes '{first.layer}'",
+            )
+        if not np.array_equal(reference.logits(part), candidate.logits(part)):
+            raise VerificationError(f"logits of {candidate.name} differ from {reference.name} although every layer is equal")
+    return len(images)
+
+
+def _batches(images: Images, batch: int) -> Iterator[Images]:
+    for start in range(0, len(images), batch):
+        yield images[start : start + batch]

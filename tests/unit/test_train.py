@@ -1,0 +1,478 @@
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import edgeft.checkpoint
+from edgeft.checkpoint import read_checkpoint, write_checkpoint
+from edgeft.config import build_config
+from edgeft.data.preprocess import Augmentation
+from edgeft.errors import ArtifactError, ConfigError, TrainingError
+from edgeft.feed import epoch_steps, share, split_share, stream_seed
+from edgeft.methods import Stage
+from edgeft.progress import Progress
+from edgeft.train import FitResult, fit, make_accelerator
+from tests.conftest import ROOT
+from tests.tiny import TinyNet, context, dataset, same, split, tensors
+
+STAGE = Stage("tune", "sgd", epochs=3, learning_rates=(0.02, 0.1), batch_norm="train", momentum=0.9)
+DATA = dataset()
+STEPS = 3 * 7
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collection() -> Iterator[None]:
+    """Each stage ends with a garbage collection, which would look through all imported modules every time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def trained(
+    work: Path, stage: Stage = STAGE, model: nn.Module | None = None, on_step: Any = None, **changes: Any
+) -> tuple[FitResult, nn.Module]:
+    model = TinyNet() if model is None else model
+    return fit(model, stage, DATA.train, DATA.val, context(work, **changes), on_step), model
+
+
+def kill_at(count: int) -> Any:
+    """An on_step that kills at its `count`-th call, from 1."""
+    calls = iter(range(1, count + 1))
+
+    def on_step(step: int, total: int) -> None:
+        if next(calls) == count:
+            raise Killed
+
+    return on_step
+
+
+# --- what a step and a process see ---
+
+
+def test_steps_hold_every_image_once_and_differ_by_one() -> None:
+    steps = epoch_steps(50, 8, 1, seed=1)
+    assert sorted(index for step in steps for part in step for index in part) == list(range(50))
+    assert {len(step[0]) for step in steps} == {7, 8}
+    assert len(steps) == 7
+    assert steps == epoch_steps(50, 8, 1, seed=1)
+    assert steps != epoch_steps(50, 8, 1, seed=2)
+
+
+def test_processes_share_a_step_without_overlap() -> None:
+    whole, parts = epoch_steps(50, 8, 1, seed=1), epoch_steps(50, 8, 4, seed=1)
+    mine = [share(parts, process, accumulate=2) for process in range(2)]
+    for number, step in enumerate(whole):
+        assert step[0] == [index for process in mine for part in process[2 * number : 2 * number + 2] for index in part]
+
+
+def test_a_step_that_cannot_be_split_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="a step of 2 images cannot be split over 3 processes and micro-batches"):
+        epoch_steps(5, 3, 3, seed=0)
+
+
+def test_shares_of_a_split_cover_it_exactly() -> None:
+    parts = [split_share(DATA.val, process, 4) for process in range(4)]
+    assert sum(map(len, parts)) == len(DATA.val)
+    assert parts[1].labels.tolist() == DATA.val.labels[1::4].tolist()
+    assert np.array_equal(parts[1].images.image(2), DATA.val.images.image(9))
+
+
+# --- the loop against a plain one ---
+
+
+def plain_loop(stage: Stage, lr: float, seeds: list[int]) -> tuple[nn.Module, list[float]]:
+    """What `fit` must do at one rate, written straight from its description."""
+    model = TinyNet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=stage.momentum, weight_decay=stage.weight_decay)
+    pictures = torch.from_numpy(np.stack([DATA.train.images.image(i).transpose(2, 0, 1) for i in range(len(DATA.train))]))
+    labels = torch.from_numpy(DATA.train.labels)
+    losses = []
+    for epoch in range(stage.epochs):
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * epoch / stage.epochs)) / 2
+        model.train(stage.batch_norm == "train")
+        total = 0.0
+        for step in epoch_steps(len(DATA.train), 8, 1, seeds[epoch]):
+            loss = nn.functional.cross_entropy(model(pictures[step[0]]), labels[step[0]])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += float(loss.detach()) * len(step[0])
+        losses.append(total / len(DATA.train))
+    return model.eval(), losses
+
+
+@pytest.mark.parametrize("batch_norm", ["train", "frozen"])
+def test_fit_equals_a_plain_loop(tmp_path: Path, batch_norm: Any) -> None:
+    stage = Stage("tune", "sgd", epochs=3, learning_rates=(0.05,), batch_norm=batch_norm, momentum=0.9, weight_decay=0.01)
+    model = TinyNet()
+    # All epochs tie on a split without a right answer, so that the last one stays in the model.
+    hopeless = replace(DATA.val, labels=np.full(len(DATA.val), 99))
+    result = fit(model, stage, DATA.train, hopeless, context(tmp_path))
+    wanted, losses = plain_loop(stage, 0.05, [stream_seed(3, "tune", "order", epoch) for epoch in range(3)])
+    assert [row["train_loss"] for row in result.history] == pytest.approx(losses, rel=1e-4)
+    for name, value in tensors(wanted).items():
+        assert torch.allclose(tensors(model)[name].float(), value.float(), rtol=1e-3, atol=1e-5), name
+
+
+def test_learns_and_reports_the_best_epoch(tmp_path: Path) -> None:
+    result, model = trained(tmp_path)
+    rows = result.history
+    assert [(row["lr"], row["epoch"]) for row in rows] == [(lr, epoch) for lr in (0.02, 0.1) for epoch in (1, 2, 3)]
+    best = max(row["val_correct"] for row in rows)
+    wanted = min((row["lr"], -row["epoch"]) for row in rows if row["val_correct"] == best)
+    assert (result.lr, -result.epoch) == wanted
+    assert result.val_accuracy == best / len(DATA.val) > 0.6
+    assert not model.training
+    pictures = torch.from_numpy(np.stack([DATA.val.images.image(i).transpose(2, 0, 1) for i in range(len(DATA.val))]))
+    with torch.no_grad():
+        assert int((model(pictures).argmax(1).numpy() == DATA.val.labels).sum()) == best
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_ties_go_to_the_smaller_rate_and_the_later_epoch(tmp_path: Path) -> None:
+    # Rates too small to change any answer: all epochs tie.
+    for rates, folder in (((1e-9, 1e-8), "up"), ((1e-8, 1e-9), "down")):
+        result, _ = trained(tmp_path / folder, replace(STAGE, learning_rates=rates, batch_norm="frozen"))
+        assert len({row["val_correct"] for row in result.history}) == 1
+        assert (result.lr, result.epoch) == (1e-9, 3)
+
+
+def test_every_rate_starts_from_the_same_weights(tmp_path: Path) -> None:
+    alone, first = trained(tmp_path / "alone", replace(STAGE, learning_rates=(0.1,)))
+    both, second = trained(tmp_path / "both", replace(STAGE, learning_rates=(5.0, 0.1)))
+    assert both.history[-3:] == alone.history
+    if both.lr == 0.1:
+        assert same(tensors(first), tensors(second))
+
+
+def test_a_start_that_is_better_is_kept_where_asked(tmp_path: Path) -> None:
+    _, model = trained(tmp_path / "first")
+    start = tensors(model)
+    ruin = Stage("ruin", "sgd", epochs=1, learning_rates=(0.5,), batch_norm="frozen", keep_start=True)
+    result, _ = trained(tmp_path / "second", ruin, model)
+    assert (result.lr, result.epoch, len(result.history)) == (0.0, 0, 2)
+    assert same(start, tensors(model))
+
+
+def test_training_wins_a_tie_against_the_start(tmp_path: Path) -> None:
+    still = Stage("still", "sgd", epochs=2, learning_rates=(1e-9,), keep_start=True)
+    result, _ = trained(tmp_path, still)
+    assert (result.lr, result.epoch) == (1e-9, 2)
+
+
+def test_frozen_batch_norm_keeps_statistics_and_trains_the_rest(tmp_path: Path) -> None:
+    model = TinyNet(dropout=0.5)
+    start = tensors(model)
+    trained(tmp_path, Stage("tune", "sgd", epochs=1, learning_rates=(0.05,), batch_norm="frozen"), model)
+    for name, value in tensors(model).items():
+        statistic = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        assert torch.equal(value, start[name]) == statistic, name
+
+
+def test_frozen_parameters_stay(tmp_path: Path) -> None:
+    model = TinyNet()
+    model.body.requires_grad_(False)
+    start = tensors(model)
+    trained(tmp_path, Stage("tune", "sgd", epochs=1, learning_rates=(0.05,)), model)
+    assert torch.equal(tensors(model)["body.0.weight"], start["body.0.weight"])
+    assert not torch.equal(model.head.weight, start["head.weight"])
+
+
+@pytest.mark.parametrize("accumulate", [2, 3])
+def test_micro_batches_give_the_same_step(tmp_path: Path, accumulate: int) -> None:
+    stage = Stage("tune", "sgd", epochs=1, learning_rates=(0.05,), momentum=0.9)
+    whole, first = trained(tmp_path / "whole", stage)
+    parts, second = trained(tmp_path / "parts", stage, accumulate=accumulate)
+    assert parts.history[0]["train_loss"] == pytest.approx(whole.history[0]["train_loss"], rel=1e-5)
+    for name, value in tensors(first).items():
+        assert torch.allclose(tensors(second)[name].float(), value.float(), rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("augment", ["none", "flip"])
+def test_order_and_dropout_ignore_the_global_generators(tmp_path: Path, augment: Augmentation) -> None:
+    results = []
+    for number in range(2):
+        torch.manual_seed(number)
+        np.random.seed(number)
+        model = TinyNet(dropout=0.5)
+        trained(tmp_path / str(number), model=model, augment=augment)
+        results.append(tensors(model))
+        assert torch.initial_seed() == number
+    assert same(*results)
+    _, other = trained(tmp_path / "seed", model=TinyNet(dropout=0.5), seed=4)
+    assert not same(results[0], tensors(other))
+
+
+@pytest.mark.slow
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    results = [trained(tmp_path / str(workers), workers=workers, augment="crop-flip") for workers in (0, 2)]
+    assert results[0][0] == results[1][0]
+    assert same(tensors(results[0][1]), tensors(results[1][1]))
+
+
+def test_on_step_counts_the_steps_of_each_rate(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    trained(tmp_path, on_step=lambda step, total: calls.append((step, total)))
+    assert calls == [(step, STEPS) for _ in range(2) for step in range(STEPS)]
+
+
+def test_bf16_autocast_leaves_float32_weights_and_the_model_unpatched(tmp_path: Path) -> None:
+    model = TinyNet()
+    place = context(tmp_path)
+    place.accelerator = make_accelerator(build_config(flags={"device": "cpu", "train.precision": "bf16"}))
+    fit(model, Stage("tune", "sgd", epochs=1, learning_rates=(0.05,)), DATA.train, DATA.val, place)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert "forward" not in vars(model)
+
+
+def test_precision_and_device_that_this_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device 'cuda' is not available"):
+        make_accelerator(build_config(flags={"device": "cuda"}))
+    with pytest.raises(ConfigError, match="'fp16' needs a GPU"):
+        make_accelerator(build_config(flags={"train.precision": "fp16"}))
+
+
+# --- resuming ---
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[FitResult, dict[str, Tensor]]:
+    result, model = trained(tmp_path_factory.mktemp("whole"), model=TinyNet(dropout=0.2), augment="flip")
+    return result, tensors(model)
+
+
+def resumed(work: Path) -> tuple[FitResult, dict[str, Tensor]]:
+    result, model = trained(work, model=TinyNet(dropout=0.2), augment="flip")
+    return result, tensors(model)
+
+
+@pytest.mark.parametrize("calls", [1, 7, 8, 20, 21, 22, 29, 42])
+def test_a_kill_at_any_step_changes_nothing(tmp_path: Path, calls: int, uninterrupted: tuple[FitResult, dict[str, Tensor]]) -> None:
+    with pytest.raises(Killed):
+        trained(tmp_path, model=TinyNet(dropout=0.2), on_step=kill_at(calls), augment="flip")
+    result, weights = resumed(tmp_path)
+    assert result == uninterrupted[0]
+    assert same(weights, uninterrupted[1])
+
+
+@pytest.mark.parametrize("write", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_kill_around_a_checkpoint_changes_nothing(
+    tmp_path: Path, write: int, when: str, uninterrupted: tuple[FitResult, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_file, left = os.replace, iter(range(write, 0, -1))
+
+    def dying(source: Path, target: Path) -> None:
+        last = next(left) == 1
+        if last and when == "before":
+            raise Killed
+        replace_file(source, target)
+        if last:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("edgeft.checkpoint.os.replace", dying)
+        with pytest.raises(Killed):
+            resumed(tmp_path)
+    result, weights = resumed(tmp_path)
+    assert result == uninterrupted[0]
+    assert same(weights, uninterrupted[1])
+
+
+def test_a_killed_process_is_resumed(tmp_path: Path, uninterrupted: tuple[FitResult, dict[str, Tensor]]) -> None:
+    script = (
+        "import os, sys, signal; from pathlib import Path; from tests.unit.test_train import trained, TinyNet\n"
+        "calls = iter(range(32))\n"
+        "def die(step, total):\n"
+        "    if next(calls) == 31: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "trained(Path(sys.argv[1]), model=TinyNet(dropout=0.2), on_step=die, augment='flip')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -9, done.stderr
+    note, _ = read_checkpoint(tmp_path / "tune" / "state.safetensors") or ({}, {})
+    assert (note["rate"], note["epoch"]) == (1, 1)
+    result, weights = resumed(tmp_path)
+    assert result == uninterrupted[0]
+    assert same(weights, uninterrupted[1])
+
+
+def test_a_finished_stage_is_only_read_back(tmp_path: Path) -> None:
+    first, model = trained(tmp_path)
+    source = split("train", "train", 50, 1)
+    again = TinyNet()
+    second = fit(again, STAGE, source, DATA.val, context(tmp_path), kill_at(1))
+    assert second == first
+    assert same(tensors(model), tensors(again))
+    assert source.images.n_read == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage"), [({"seed": 4}, STAGE), ({"batch": 9}, STAGE), ({"augment": "flip"}, STAGE), ({}, replace(STAGE, epochs=4))]
+)
+def test_checkpoints_of_other_settings_are_refused(tmp_path: Path, changes: dict[str, Any], stage: Stage) -> None:
+    with pytest.raises(Killed):
+        trained(tmp_path, on_step=kill_at(9))
+    with pytest.raises(ArtifactError, match="belong to a run with other settings or data"):
+        trained(tmp_path, stage, **changes)
+
+
+def test_checkpoints_from_other_start_weights_are_refused(tmp_path: Path) -> None:
+    trained(tmp_path)
+    other = TinyNet()
+    with torch.no_grad():
+        other.head.weight.mul_(2)
+    with pytest.raises(ArtifactError, match="started from other weights"):
+        trained(tmp_path, model=other)
+
+
+def test_checkpoints_hold_no_pickle_and_damage_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        trained(tmp_path, on_step=kill_at(9))
+    path = tmp_path / "tune" / "state.safetensors"
+    assert sorted(file.name for file in path.parent.iterdir()) == ["start.safetensors", "state.safetensors"]
+    with safe_open(path, framework="pt") as file:
+        assert {key.split(".")[0] for key in file.keys()} == {"best", "model", "momentum"}  # noqa: SIM118
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match=r"state\.safetensors' is damaged"):
+        trained(tmp_path)
+
+
+def test_a_full_disk_is_an_error_that_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.safetensors"
+    write_checkpoint(path, {"epoch": 1}, {"w": torch.ones(2)})
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(edgeft.checkpoint, "save_file", full)
+    with pytest.raises(ArtifactError, match="no space left on the device"):
+        write_checkpoint(path, {"epoch": 2}, {"w": torch.zeros(2)})
+    note, found = read_checkpoint(path) or ({}, {})
+    assert note == {"epoch": 1}
+    assert torch.equal(found["w"], torch.ones(2))
+
+
+# --- losses that are not finite ---
+
+
+class Exploding(TinyNet):
+    """Gives scores that are not a number from a given training step on where the weights have moved far."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        return logits + (logits.new_tensor(float("nan")) if float(self.head.weight.detach().abs().max()) > 1e3 else 0.0)
+
+
+def test_the_only_rate_diverging_is_an_error_at_once(tmp_path: Path) -> None:
+    start = tensors(Exploding())
+    model = Exploding()
+    with pytest.raises(TrainingError) as caught:
+        trained(tmp_path, replace(STAGE, learning_rates=(1e6,)), model)
+    kept = tmp_path / "tune" / "start.safetensors"
+    assert caught.value.message == (
+        f"tune: the loss is not finite at step 2 of {STEPS} with learning rate 1e+06; the last good checkpoint is kept in '{kept}'"
+    )
+    assert kept.exists()
+    assert same(start, tensors(model))
+
+
+def test_a_diverging_rate_leaves_the_others_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = context(tmp_path)
+    place.progress = Progress()
+    result = fit(Exploding(), replace(STAGE, learning_rates=(1e6, 0.02)), DATA.train, DATA.val, place)
+    assert result.lr == 0.02
+    assert result.history[0] == {"lr": 1e6, "epoch": 1, "non_finite_step": 2}
+    text = f"tune: the loss is not finite at step 2 of {STEPS} with learning rate 1e+06; going on with the other rates"
+    assert text in capsys.readouterr().err
+    alone, _ = trained(tmp_path / "alone", replace(STAGE, learning_rates=(0.02,)))
+    assert alone.history == result.history[1:]
+
+
+def test_all_rates_diverging_is_an_error_also_when_resumed(tmp_path: Path) -> None:
+    stage = replace(STAGE, learning_rates=(1e6, 2e6))
+    for _ in range(2):
+        with pytest.raises(TrainingError, match=r"any learning rate \(step 2 with 1e\+06, step 2 with 2e\+06\); the last good"):
+            trained(tmp_path, stage, Exploding())
+
+
+def test_a_last_good_epoch_is_kept_and_named(tmp_path: Path) -> None:
+    class Late(TinyNet):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) * (float("nan") if self.training and next(passes) >= 10 else 1.0)
+
+    passes = iter(range(100))
+    with pytest.raises(TrainingError, match=rf"at step 11 of {STEPS} .* is kept in '.*state\.safetensors'"):
+        trained(tmp_path, replace(STAGE, learning_rates=(0.02,)), Late())
+    note, found = read_checkpoint(tmp_path / "tune" / "state.safetensors") or ({}, {})
+    assert note["epoch"] == 1
+    assert all(bool(torch.isfinite(value).all()) for value in found.values())
+
+
+def test_scores_that_break_in_validation_count_as_divergence(tmp_path: Path) -> None:
+    class Broken(TinyNet):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) * (1.0 if self.training else float("inf"))
+
+    with pytest.raises(TrainingError, match=f"not finite at step 7 of {STEPS}"):
+        trained(tmp_path, replace(STAGE, learning_rates=(0.02,)), Broken())
+
+
+# --- several processes ---
+
+WORKER = """
+import sys
+from pathlib import Path
+from safetensors.torch import save_file
+from edgeft.data.preprocess import Preprocessing
+from edgeft.methods import Stage
+from tests.tiny import TinyNet, context, dataset, tensors
+from edgeft.train import fit
+data, place, model = dataset(), context(Path(sys.argv[1])), TinyNet()
+result = fit(model, Stage("tune", "sgd", epochs=2, learning_rates=(0.02, 0.05), momentum=0.9), data.train, data.val, place)
+rank = place.accelerator.process_index
+save_file({name: value.contiguous() for name, value in tensors(model).items()}, Path(sys.argv[1]) / f"{rank}.safetensors")
+(Path(sys.argv[1]) / f"{rank}.txt").write_text(repr([row["val_correct"] for row in result.history]))
+place.accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    # `accelerate launch` starts several processes on GPUs only; on a CPU it is torchrun (or mpirun) that sets the same variables.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    stage = Stage("tune", "sgd", epochs=2, learning_rates=(0.02, 0.05), momentum=0.9)
+    result, model = trained(tmp_path / "one", stage)
+    counts = repr([row["val_correct"] for row in result.history])
+    found = []
+    for rank in range(2):
+        assert (tmp_path / f"{rank}.txt").read_text() == counts
+        with safe_open(tmp_path / f"{rank}.safetensors", framework="pt") as file:
+            found.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    assert same(*found)
+    for name, value in tensors(model).items():
+        assert torch.allclose(found[0][name].float(), value.float(), rtol=1e-3, atol=1e-5), name
