@@ -50,13 +50,17 @@ def _ignore(n: int = 1, note: str = "") -> None:
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """The accelerator for the configured device and precision. Raises ConfigError where this machine lacks them."""
+    """The accelerator for the configured device and precision. Raises ConfigError where this machine lacks them.
+
+    A later call in the same process may choose another precision, and, unless several processes work together, another device.
+    """
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.train.precision]
     cpu = config.device == "cpu"
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' is not available on this machine", "edgeft doctor says why; --device cpu works everywhere")
     if precision == "fp16" and (cpu or not torch.cuda.is_available()):
         raise ConfigError("train.precision 'fp16' needs a GPU", "--set train.precision=bf16 works on CPUs")
-    if AcceleratorState._shared_state and not torch.distributed.is_initialized():
-        AcceleratorState._reset_state(reset_partial_state=True)  # A second run in this process may want another device or precision.
+    if AcceleratorState._shared_state:
+        # Accelerate keeps its settings for the whole process; the group of processes must outlive them.
+        AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     return Accelerator(mixed_precision=precision, cpu=cpu)

@@ -210,8 +210,8 @@ def _warp(n: int, jitter: float, rng: np.random.Generator) -> Floats:
 def _harmonics(amplitude: Floats, phase: Floats, orders: Floats) -> Floats:
     """1 + sum of amplitude cos(order theta - phase), [n, ANGLES], for [n, k] amplitudes and phases."""
     turns = orders[:, None] * _THETA
-    waves: Floats = (amplitude * np.cos(phase)) @ np.cos(turns) + (amplitude * np.sin(phase)) @ np.sin(turns)
-    return 1 + waves
+    radii: Floats = 1 + (amplitude * np.cos(phase)) @ np.cos(turns) + (amplitude * np.sin(phase)) @ np.sin(turns)
+    return radii
 
 
 def _texture_kinds(n: int, plain: float, rng: np.random.Generator) -> NDArray[np.int64]:

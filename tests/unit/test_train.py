@@ -446,12 +446,15 @@ from safetensors.torch import save_file
 from edgeft.data.preprocess import Preprocessing
 from edgeft.methods import Stage
 from tests.tiny import TinyNet, context, dataset, tensors
-from edgeft.train import fit
+from edgeft.config import build_config
+from edgeft.train import fit, make_accelerator
 data, place, model = dataset(), context(Path(sys.argv[1])), TinyNet()
 result = fit(model, Stage("tune", "sgd", epochs=2, learning_rates=(0.02, 0.05), momentum=0.9), data.train, data.val, place)
 rank = place.accelerator.process_index
 save_file({name: value.contiguous() for name, value in tensors(model).items()}, Path(sys.argv[1]) / f"{rank}.safetensors")
 (Path(sys.argv[1]) / f"{rank}.txt").write_text(repr([row["val_correct"] for row in result.history]))
+again = make_accelerator(build_config(flags={"device": "cpu", "train.precision": "bf16"}))
+assert (again.num_processes, again.mixed_precision, place.accelerator.process_index) == (2, "bf16", rank)
 place.accelerator.end_training()
 """
 
