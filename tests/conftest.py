@@ -6,8 +6,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+# Nets in tests are tiny: a second thread costs more than it gives, many times more on a busy machine. Set before numpy and torch load.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
