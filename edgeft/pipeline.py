@@ -16,8 +16,9 @@ from edgeft.context import TrainContext, make_accelerator
 from edgeft.data import Dataset
 from edgeft.data.loading import ImageCache, load_dataset, subset
 from edgeft.data.preprocess import Preprocessing
-from edgeft.errors import ConfigError, DataError
-from edgeft.evaluate import Predictions, evaluate
+from edgeft.errors import ConfigError, DataError, VerificationError
+from edgeft.evaluate import Predictions
+from edgeft.evaluate import evaluate as evaluate_runner
 from edgeft.export import TARGETS, ExportResult
 from edgeft.export.verify import verify
 from edgeft.graph import IntegerGraph
@@ -57,11 +58,17 @@ def plan(config: Config) -> list[str]:
     steps = plan_of(classifier, config.quant.profile)
     counts = ", ".join(f"{split.name} {len(split)}" for split in (dataset.train, dataset.val, *dataset.tests))
     p = classifier.preprocessing
-    lines = [f"data        {dataset.name}: {len(dataset.classes)} classes; images: {counts}", *(f"            {note}" for note in dataset.notes)]
-    lines.append(f"backbone    {config.model.backbone}, {p.size} px {p.interpolation}, {sum(v.numel() for v in classifier.parameters()):,} parameters")
+    lines = [
+        f"data        {dataset.name}: {len(dataset.classes)} classes; images: {counts}",
+        *(f"            {note}" for note in dataset.notes),
+    ]
+    n_parameters = sum(parameter.numel() for parameter in classifier.parameters())
+    lines.append(f"backbone    {config.model.backbone}, {p.size} px {p.interpolation}, {n_parameters:,} parameters")
     lines += [f"{stage.name:11} {_describe(stage)}" for stage in stages]
     q = config.quant
-    lines.append(f"quantize    {len(steps.weighted())} layers; format {q.format} per {q.granularity}, profile {q.profile}, {q.epochs} epochs of QAT")
+    lines.append(
+        f"quantize    {len(steps.weighted())} layers; format {q.format} per {q.granularity}, profile {q.profile}, {q.epochs} epochs of QAT"
+    )
     lines.append(f"write       {config.run_dir}")
     return lines
 
@@ -138,7 +145,9 @@ def _measure(
     runner: Runner, dataset: Dataset, context: TrainContext, float_predictions: dict[str, Predictions] | None
 ) -> tuple[ModelResult, dict[str, Predictions]]:
     progress = context.progress if context.accelerator.is_main_process else Progress(False)
-    return evaluate(runner, dataset, context.preprocessing, float_predictions=float_predictions, progress=progress, cache=context.cache)
+    return evaluate_runner(
+        runner, dataset, context.preprocessing, float_predictions=float_predictions, progress=progress, cache=context.cache
+    )
 
 
 def _verify_lowering(quantized: Quantized, dataset: Dataset, context: TrainContext, config: Config) -> None:
@@ -154,9 +163,11 @@ def _write(
     config: Config, dataset: Dataset, context: TrainContext, quantized: Quantized, report: EvalReport,
     float_state: dict[str, Any], records: list[dict[str, Any]], predictions: dict[str, dict[str, Predictions]],
 ) -> Artifact:  # fmt: skip
-    images = subset(dataset.tests, context.preprocessing, config.verify.golden, config.seed + 1)
+    images = _golden_images(dataset, context.preprocessing, config)
     logits = quantized.graph.output
-    codes = np.concatenate([Interpreter(quantized.graph).layers(part)[logits] for part in np.array_split(images, max(1, len(images) // 16))])
+    codes = np.concatenate(
+        [Interpreter(quantized.graph).layers(part)[logits] for part in np.array_split(images, max(1, len(images) // 16))]
+    )
     return write_artifact(
         config.run_dir, kind="quantized", config=config.model_dump(mode="json"), seed=config.seed,
         preprocessing=context.preprocessing.to_json(), classes=dataset.classes,
@@ -170,6 +181,10 @@ def _write(
             "training.json": {"stages": records, "qat": quantized.record, "notes": list(dataset.notes)},
         },
     )  # fmt: skip
+
+
+def _golden_images(dataset: Dataset, p: Preprocessing, config: Config) -> Images:
+    return subset(dataset.tests, p, config.verify.golden, config.seed + 1)
 
 
 def export(
@@ -189,7 +204,9 @@ def export(
     return [_export_one(artifact, name, (out or artifact.path / "export") / name, dataset, config, progress) for name in targets]
 
 
-def _export_one(artifact: Artifact, name: str, out: Path, dataset: Dataset | str | None, config: Config, progress: Progress) -> ExportResult:
+def _export_one(
+    artifact: Artifact, name: str, out: Path, dataset: Dataset | str | None, config: Config, progress: Progress
+) -> ExportResult:
     target = TARGETS.get(name)
     result: ExportResult = target.export(artifact, out)
     report, lines = artifact.report(), list(result.lines)
@@ -201,8 +218,9 @@ def _export_one(artifact: Artifact, name: str, out: Path, dataset: Dataset | str
             graph: IntegerGraph = artifact.graph()
             for start in range(0, len(images), 32):
                 advance(verify(Interpreter(graph), runner, images[start : start + 32]))
-        stored = {key.partition("/")[2]: top for key, top in artifact.arrays("predictions.safetensors").items() if key.startswith(f"{FLOAT}/")}
-        report = report.with_model(_evaluated(runner, dataset, p, stored, progress))
+        result_model, found = evaluate_runner(runner, dataset, p, float_predictions=stored(artifact, FLOAT), progress=progress)
+        _check_predictions(name, found, stored(artifact, FIXED_POINT))
+        report = report.with_model(result_model)
         summary |= {"compared_images": len(images), "report": report.to_json()}
         lines += [f"       0 differing codes in {len(graph.tensors)} tensors on {len(images)} test images", "", render(report)]
     elif dataset is not None:
@@ -210,8 +228,8 @@ def _export_one(artifact: Artifact, name: str, out: Path, dataset: Dataset | str
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() and path.name not in _EXPORT_DOCUMENTS)
     write_artifact(
         out, kind="exported", config=artifact.manifest.config, seed=artifact.manifest.seed, preprocessing=artifact.manifest.preprocessing,
-        classes=artifact.manifest.classes, arrays={}, documents={"report.json": report.to_json(), "export.json": {"target": name, **summary}},
-        existing=files, parent=artifact.digest,
+        classes=artifact.manifest.classes, arrays={}, existing=files, parent=artifact.digest,
+        documents={"report.json": report.to_json(), "export.json": {"target": name, **summary}},
     )  # fmt: skip
     return ExportResult(result.target, result.path, summary, tuple(lines))
 
@@ -219,8 +237,20 @@ def _export_one(artifact: Artifact, name: str, out: Path, dataset: Dataset | str
 _EXPORT_DOCUMENTS = ("manifest.json", "report.json", "export.json")
 
 
-def _evaluated(runner: Runner, dataset: Dataset, p: Preprocessing, stored: dict[str, Predictions], progress: Progress) -> ModelResult:
-    return evaluate(runner, dataset, p, float_predictions=stored, progress=progress)[0]
+def stored(artifact: Artifact, model: str) -> dict[str, Predictions]:
+    """Top classes that a model gave when the run was measured, by split."""
+    arrays = artifact.arrays("predictions.safetensors")
+    return {key.removeprefix(f"{model}/"): top for key, top in arrays.items() if key.startswith(f"{model}/")}
+
+
+def _check_predictions(target: str, found: dict[str, Predictions], expected: dict[str, Predictions]) -> None:
+    for split, top in found.items():
+        differing = int((top != expected[split]).sum())
+        if differing:
+            raise VerificationError(
+                f"'{target}' classifies {differing} of {len(top)} images of '{split}' otherwise than the run did",
+                "every layer is equal on the compared images; if other images changed since the run, repeat it or use --no-evaluate",
+            )
 
 
 def _dataset_of(artifact: Artifact, config: Config, progress: Progress) -> Dataset | str:
@@ -230,6 +260,8 @@ def _dataset_of(artifact: Artifact, config: Config, progress: Progress) -> Datas
     except (DataError, ConfigError) as error:
         return error.message
     counts = {split.split: split.n for split in artifact.report().models[0].splits}
-    if {split.name: len(split) for split in dataset.tests} != counts:
+    p = Preprocessing.from_json(artifact.manifest.preprocessing)
+    same = {split.name: len(split) for split in dataset.tests} == counts
+    if not same or not np.array_equal(_golden_images(dataset, p, config), artifact.samples()["images"]):
         return f"the images of '{config.data.source}' are not those that the run was measured on"
     return dataset

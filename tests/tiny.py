@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from edgeft.config import build_config
 from edgeft.data import Dataset, Split, SplitKind
 from edgeft.data.preprocess import Preprocessing
+from edgeft.methods import Stage
 from edgeft.progress import Progress
-from edgeft.train import TrainContext, make_accelerator
+from edgeft.train import FitResult, TrainContext, fit, make_accelerator
 
 SIZE = 16
 CLASSES = ("blue", "green", "red")
@@ -91,3 +92,31 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     """Whether two sets of tensors are equal bit for bit."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+STAGE = Stage("tune", "sgd", epochs=3, learning_rates=(0.02, 0.1), batch_norm="train", momentum=0.9)
+DATA = dataset()
+STEPS = 3 * 7
+"""Steps of STAGE at one rate: 50 images in batches of at most 8, three times."""
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def trained(
+    work: Path, stage: Stage = STAGE, model: nn.Module | None = None, on_step: Any = None, **changes: Any
+) -> tuple[FitResult, nn.Module]:
+    model = TinyNet() if model is None else model
+    return fit(model, stage, DATA.train, DATA.val, context(work, **changes), on_step), model
+
+
+def kill_at(count: int) -> Any:
+    """An on_step that kills at its `count`-th call, from 1."""
+    calls = iter(range(1, count + 1))
+
+    def on_step(step: int, total: int) -> None:
+        if next(calls) == count:
+            raise Killed
+
+    return on_step

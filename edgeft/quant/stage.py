@@ -55,8 +55,16 @@ def quantize(classifier: Classifier, dataset: Dataset, context: TrainContext, co
     if config.quant.epochs > 0:
         control = FormatControl(net, config.quant, sigmas)
         result = fit(net, _stage(config, rate), dataset.train, dataset.val, context, on_step=control.before_step)
-        record = {"moves": control.moves, "lr": result.lr, "epoch": result.epoch, "val_accuracy": result.val_accuracy, "history": result.history}
-        context.say(f"qat: validation {result.val_accuracy:.1%} at epoch {result.epoch} of {config.quant.epochs}, learning rate {result.lr:g}")
+        record = {
+            "moves": control.moves,
+            "lr": result.lr,
+            "epoch": result.epoch,
+            "val_accuracy": result.val_accuracy,
+            "history": result.history,
+        }
+        context.say(
+            f"qat: validation {result.val_accuracy:.1%} at epoch {result.epoch} of {config.quant.epochs}, learning rate {result.lr:g}"
+        )
     for name in enforce_bounds(net):
         context.say(f"layer '{name}': weight format coarsened to keep its accumulator exact in float32 runtimes")
     graph = lower(net)

@@ -15,21 +15,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import edgeft.checkpoint
-from edgeft.checkpoint import read_checkpoint, write_checkpoint
+from edgeft.checkpoint import read_checkpoint
 from edgeft.config import build_config
 from edgeft.data.preprocess import Augmentation
-from edgeft.errors import ArtifactError, ConfigError, TrainingError
-from edgeft.feed import epoch_steps, share, split_share, stream_seed
+from edgeft.errors import ConfigError, TrainingError
+from edgeft.feed import epoch_steps, stream_seed
 from edgeft.methods import Stage
 from edgeft.progress import Progress
-from edgeft.train import FitResult, fit, make_accelerator
+from edgeft.train import fit, make_accelerator
 from tests.conftest import ROOT
-from tests.tiny import TinyNet, context, dataset, same, split, tensors
-
-STAGE = Stage("tune", "sgd", epochs=3, learning_rates=(0.02, 0.1), batch_norm="train", momentum=0.9)
-DATA = dataset()
-STEPS = 3 * 7
+from tests.tiny import DATA, STAGE, STEPS, TinyNet, context, same, tensors, trained
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,59 +33,6 @@ def _quick_collection() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
-
-
-def trained(
-    work: Path, stage: Stage = STAGE, model: nn.Module | None = None, on_step: Any = None, **changes: Any
-) -> tuple[FitResult, nn.Module]:
-    model = TinyNet() if model is None else model
-    return fit(model, stage, DATA.train, DATA.val, context(work, **changes), on_step), model
-
-
-def kill_at(count: int) -> Any:
-    """An on_step that kills at its `count`-th call, from 1."""
-    calls = iter(range(1, count + 1))
-
-    def on_step(step: int, total: int) -> None:
-        if next(calls) == count:
-            raise Killed
-
-    return on_step
-
-
-# --- what a step and a process see ---
-
-
-def test_steps_hold_every_image_once_and_differ_by_one() -> None:
-    steps = epoch_steps(50, 8, 1, seed=1)
-    assert sorted(index for step in steps for part in step for index in part) == list(range(50))
-    assert {len(step[0]) for step in steps} == {7, 8}
-    assert len(steps) == 7
-    assert steps == epoch_steps(50, 8, 1, seed=1)
-    assert steps != epoch_steps(50, 8, 1, seed=2)
-
-
-def test_processes_share_a_step_without_overlap() -> None:
-    whole, parts = epoch_steps(50, 8, 1, seed=1), epoch_steps(50, 8, 4, seed=1)
-    mine = [share(parts, process, accumulate=2) for process in range(2)]
-    for number, step in enumerate(whole):
-        assert step[0] == [index for process in mine for part in process[2 * number : 2 * number + 2] for index in part]
-
-
-def test_a_step_that_cannot_be_split_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="a step of 2 images cannot be split over 3 processes and micro-batches"):
-        epoch_steps(5, 3, 3, seed=0)
-
-
-def test_shares_of_a_split_cover_it_exactly() -> None:
-    parts = [split_share(DATA.val, process, 4) for process in range(4)]
-    assert sum(map(len, parts)) == len(DATA.val)
-    assert parts[1].labels.tolist() == DATA.val.labels[1::4].tolist()
-    assert np.array_equal(parts[1].images.image(2), DATA.val.images.image(9))
 
 
 # --- the loop against a plain one ---
@@ -247,129 +189,6 @@ def test_precision_and_device_that_this_machine_lacks(monkeypatch: pytest.Monkey
         make_accelerator(build_config(flags={"device": "cuda"}))
     with pytest.raises(ConfigError, match="'fp16' needs a GPU"):
         make_accelerator(build_config(flags={"train.precision": "fp16"}))
-
-
-# --- resuming ---
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[FitResult, dict[str, Tensor]]:
-    result, model = trained(tmp_path_factory.mktemp("whole"), model=TinyNet(dropout=0.2), augment="flip")
-    return result, tensors(model)
-
-
-def resumed(work: Path) -> tuple[FitResult, dict[str, Tensor]]:
-    result, model = trained(work, model=TinyNet(dropout=0.2), augment="flip")
-    return result, tensors(model)
-
-
-@pytest.mark.parametrize("calls", [1, 7, 8, 20, 21, 22, 29, 42])
-def test_a_kill_at_any_step_changes_nothing(tmp_path: Path, calls: int, uninterrupted: tuple[FitResult, dict[str, Tensor]]) -> None:
-    with pytest.raises(Killed):
-        trained(tmp_path, model=TinyNet(dropout=0.2), on_step=kill_at(calls), augment="flip")
-    result, weights = resumed(tmp_path)
-    assert result == uninterrupted[0]
-    assert same(weights, uninterrupted[1])
-
-
-@pytest.mark.parametrize("write", [1, 2, 4, 7, 8])
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_kill_around_a_checkpoint_changes_nothing(
-    tmp_path: Path, write: int, when: str, uninterrupted: tuple[FitResult, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    replace_file, left = os.replace, iter(range(write, 0, -1))
-
-    def dying(source: Path, target: Path) -> None:
-        last = next(left) == 1
-        if last and when == "before":
-            raise Killed
-        replace_file(source, target)
-        if last:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr("edgeft.checkpoint.os.replace", dying)
-        with pytest.raises(Killed):
-            resumed(tmp_path)
-    result, weights = resumed(tmp_path)
-    assert result == uninterrupted[0]
-    assert same(weights, uninterrupted[1])
-
-
-def test_a_killed_process_is_resumed(tmp_path: Path, uninterrupted: tuple[FitResult, dict[str, Tensor]]) -> None:
-    script = (
-        "import os, sys, signal; from pathlib import Path; from tests.unit.test_train import trained, TinyNet\n"
-        "calls = iter(range(32))\n"
-        "def die(step, total):\n"
-        "    if next(calls) == 31: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "trained(Path(sys.argv[1]), model=TinyNet(dropout=0.2), on_step=die, augment='flip')\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == -9, done.stderr
-    note, _ = read_checkpoint(tmp_path / "tune" / "state.safetensors") or ({}, {})
-    assert (note["rate"], note["epoch"]) == (1, 1)
-    result, weights = resumed(tmp_path)
-    assert result == uninterrupted[0]
-    assert same(weights, uninterrupted[1])
-
-
-def test_a_finished_stage_is_only_read_back(tmp_path: Path) -> None:
-    first, model = trained(tmp_path)
-    source = split("train", "train", 50, 1)
-    again = TinyNet()
-    second = fit(again, STAGE, source, DATA.val, context(tmp_path), kill_at(1))
-    assert second == first
-    assert same(tensors(model), tensors(again))
-    assert source.images.n_read == 0  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    ("changes", "stage"), [({"seed": 4}, STAGE), ({"batch": 9}, STAGE), ({"augment": "flip"}, STAGE), ({}, replace(STAGE, epochs=4))]
-)
-def test_checkpoints_of_other_settings_are_refused(tmp_path: Path, changes: dict[str, Any], stage: Stage) -> None:
-    with pytest.raises(Killed):
-        trained(tmp_path, on_step=kill_at(9))
-    with pytest.raises(ArtifactError, match="belong to a run with other settings or data"):
-        trained(tmp_path, stage, **changes)
-
-
-def test_checkpoints_from_other_start_weights_are_refused(tmp_path: Path) -> None:
-    trained(tmp_path)
-    other = TinyNet()
-    with torch.no_grad():
-        other.head.weight.mul_(2)
-    with pytest.raises(ArtifactError, match="started from other weights"):
-        trained(tmp_path, model=other)
-
-
-def test_checkpoints_hold_no_pickle_and_damage_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Killed):
-        trained(tmp_path, on_step=kill_at(9))
-    path = tmp_path / "tune" / "state.safetensors"
-    assert sorted(file.name for file in path.parent.iterdir()) == ["start.safetensors", "state.safetensors"]
-    with safe_open(path, framework="pt") as file:
-        assert {key.split(".")[0] for key in file.keys()} == {"best", "model", "momentum"}  # noqa: SIM118
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ArtifactError, match=r"state\.safetensors' is damaged"):
-        trained(tmp_path)
-
-
-def test_a_full_disk_is_an_error_that_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "state.safetensors"
-    write_checkpoint(path, {"epoch": 1}, {"w": torch.ones(2)})
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(edgeft.checkpoint, "save_file", full)
-    with pytest.raises(ArtifactError, match="no space left on the device"):
-        write_checkpoint(path, {"epoch": 2}, {"w": torch.zeros(2)})
-    note, found = read_checkpoint(path) or ({}, {})
-    assert note == {"epoch": 1}
-    assert torch.equal(found["w"], torch.ones(2))
 
 
 # --- losses that are not finite ---
