@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgeft.errors import ConfigError
 
@@ -22,7 +23,10 @@ Cell = str | int | float
 
 @dataclass(frozen=True)
 class Result:
-    """One measured suite: what, where, when and with which versions; `notes` are sentences that belong to the table."""
+    """One measured suite: what, where, when and with which versions; `notes` are sentences that belong to the table.
+
+    README.md shows the first `n_lead_rows` rows, or all where that is None; RESULTS.md always shows all.
+    """
 
     suite: str
     title: str
@@ -32,20 +36,29 @@ class Result:
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     notes: tuple[str, ...]
+    n_lead_rows: int | None = None
 
     @classmethod
     def read(cls, file: Path) -> "Result":
         """Read a result. Raises ConfigError when a key is missing or a row does not fit the columns."""
         try:
             tree = json.loads(file.read_text(encoding="utf-8"))
-            known = {field.name: tree[field.name] for field in dataclasses.fields(cls)}
-            lists = {"columns": tuple(tree["columns"]), "rows": tuple(map(tuple, tree["rows"])), "notes": tuple(tree["notes"])}
-            result = cls(**(known | lists))
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise ConfigError(f"'{file.name}' is not a benchmark result: {error!r}") from error
+        return cls.from_json(tree, file.name)
+
+    @classmethod
+    def from_json(cls, tree: Any, name: str) -> "Result":
+        """The result in the JSON values of the file `name`; other keys are for readers of the file. Raises ConfigError as `read`."""
+        try:
+            known = {field.name: tree[field.name] for field in dataclasses.fields(cls) if field.name != "n_lead_rows"}
+            lists = {"columns": tuple(tree["columns"]), "rows": tuple(map(tuple, tree["rows"])), "notes": tuple(tree["notes"])}
+            result = cls(**(known | lists), n_lead_rows=tree.get("n_lead_rows"))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(f"'{name}' is not a benchmark result: {error!r}") from error
         for number, row in enumerate(result.rows, 1):
             if len(row) != len(result.columns):
-                raise ConfigError(f"'{file.name}': row {number} has {len(row)} cells, there are {len(result.columns)} columns")
+                raise ConfigError(f"'{name}': row {number} has {len(row)} cells, there are {len(result.columns)} columns")
         return result
 
 
@@ -84,7 +97,9 @@ def fill(text: str, results: list[Result]) -> str:
         suite = match["suite"]
         if suite not in newest:
             raise ConfigError(f"README.md asks for table '{suite}', and no result has that suite", f"suites: {', '.join(newest)}")
-        return f"{match[1]}{table(newest[suite])}\n{match[3]}"
+        result = newest[suite]
+        lead = dataclasses.replace(result, rows=result.rows[: result.n_lead_rows])
+        return f"{match[1]}{table(lead)}\n{match[3]}"
 
     return _MARKED.sub(replace, text)
 

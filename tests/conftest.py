@@ -28,27 +28,28 @@ def _seeds() -> None:
     np.random.seed(0)
 
 
-@pytest.fixture
-def image_folder(tmp_path: Path) -> ImageFolder:
-    """Maker of class-per-folder trees: image_folder("name", classes, n=..., size=(width, height)) returns the root.
+def draw_folder(
+    root: Path, classes: Sequence[str] = ("blue", "green", "red"), *, n: int = 6, size: tuple[int, int] = (20, 16), shift: int = 0
+) -> Path:
+    """Write a class-per-folder tree and return its root.
 
     A class is a colour, an image is that colour plus noise: learnable by the smallest net. `shift` is added to every byte.
     """
+    rng = np.random.default_rng(len(root.name))
+    for index, label in enumerate(classes):
+        folder = root / label
+        folder.mkdir(parents=True)
+        for number in range(n):
+            pixels = rng.integers(0, 60, (size[1], size[0], 3))
+            pixels[..., index % 3] += 150
+            Image.fromarray(np.clip(pixels + shift, 0, 255).astype(np.uint8)).save(folder / f"{number:03}.png")
+    return root
 
-    def make(
-        name: str, classes: Sequence[str] = ("blue", "green", "red"), *, n: int = 6, size: tuple[int, int] = (20, 16), shift: int = 0
-    ) -> Path:
-        rng = np.random.default_rng(len(name))
-        for index, label in enumerate(classes):
-            folder = tmp_path / name / label
-            folder.mkdir(parents=True)
-            for number in range(n):
-                pixels = rng.integers(0, 60, (size[1], size[0], 3))
-                pixels[..., index % 3] += 150
-                Image.fromarray(np.clip(pixels + shift, 0, 255).astype(np.uint8)).save(folder / f"{number:03}.png")
-        return tmp_path / name
 
-    return make
+@pytest.fixture
+def image_folder(tmp_path: Path) -> ImageFolder:
+    """Maker of class-per-folder trees under the test's folder: image_folder("name", classes, n=..., size=..., shift=...)."""
+    return lambda name, *arguments, **options: draw_folder(tmp_path / name, *arguments, **options)
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ TRAINING = Domain(
 _NO_CUE = replace(TRAINING, cue=0.0)
 _PARTS: tuple[tuple[str, SplitKind, int, Domain, str], ...] = (
     ("train", "train", 1200, TRAINING, ""),
-    ("val", "val", 300, TRAINING, ""),
+    ("val", "val", 1000, TRAINING, ""),
     ("id", "id", 1000, TRAINING, ""),
     ("cue", "ood", 1000, _NO_CUE, "in-support: the background hue no longer follows the class"),
     (

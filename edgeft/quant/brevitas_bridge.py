@@ -5,6 +5,7 @@ put in place through the injector attribute `tensor_quant`. The stock body deriv
 passes and learns it by gradient; here the scale is 2^-frac, chosen from outside, and one pass rounds.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeft.quant.fakequant import RoundPerChannel, RoundSaturate, RoundToGrid, mask_bounds, round_constant
+from edgeft.quant.f8net import spread
+from edgeft.quant.fakequant import RoundPerChannel, RoundSaturate, RoundToGrid, mask_bounds, power_of_two, round_constant
 
 
 class FixedPointQuant(nn.Module):
@@ -26,7 +28,9 @@ class FixedPointQuant(nn.Module):
     rectification. While `observing`, each call adds to the sums from which `take_sigma()` is computed.
     """
 
-    def __init__(self, int_quant: nn.Module, signed: bool, narrow_range: bool, relu: bool = False, channels: int = 0, weights: bool = False) -> None:
+    def __init__(
+        self, int_quant: nn.Module, signed: bool, narrow_range: bool, relu: bool = False, channels: int = 0, weights: bool = False
+    ) -> None:
         super().__init__()
         self.int_quant = int_quant  # Brevitas reads tensor_quant.int_quant.input_view_impl
         self.relu = relu
@@ -37,6 +41,7 @@ class FixedPointQuant(nn.Module):
         self.register_buffer("running_sigma", torch.zeros((), dtype=torch.float64))
         self.register_buffer("bits", torch.tensor(8.0), persistent=False)
         self.register_buffer("zero", torch.tensor(0.0), persistent=False)
+        self.register_buffer("moves", torch.zeros((), dtype=torch.int64))  # changes of the format during training
         self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # count, sum, sum of squares of what was observed
         self.observing = False
         self._seen: tuple[Tensor | None, int] = (None, -1)
@@ -44,9 +49,14 @@ class FixedPointQuant(nn.Module):
 
     frac: Tensor
     running_sigma: Tensor
+    moves: Tensor
     moments: Tensor
     bits: Tensor
     zero: Tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's buffers count their versions anew, so the copy must not trust what this one has seen.
+        return {**self.__dict__, "_seen": (None, -1)}
 
     def _refresh(self) -> None:
         # Formats change rarely: the Python floats that the kernel needs are derived only when the buffer was written.
@@ -64,10 +74,10 @@ class FixedPointQuant(nn.Module):
         if self.observing and torch.is_grad_enabled():  # training data only: validation runs without gradients
             self._observe(x.detach())
         if self.frac.ndim:
-            value = RoundPerChannel.apply(x, torch.exp2(self.frac.view(-1, *[1] * (x.ndim - 1))), self.low, self.high)
+            value = RoundPerChannel.apply(x, power_of_two(self.frac.view(-1, *[1] * (x.ndim - 1))), self.low, self.high)
         else:
             value = RoundSaturate.apply(x.float(), *self._constants)
-        return value, torch.exp2(-self.frac), self.zero, self.bits
+        return value, power_of_two(-self.frac), self.zero, self.bits
 
     def _observe(self, x: Tensor) -> None:
         # Weights are read whole; activations are sampled along the batch (a view: no copy, any memory format).
@@ -75,10 +85,10 @@ class FixedPointQuant(nn.Module):
         self.moments += torch.stack((sample.new_tensor(float(sample.numel())), sample.sum(), sample.square().sum()))
 
     def take_sigma(self) -> float:
-        """Standard deviation of everything observed since the last call, NaN when nothing was; clears the sums."""
+        """Deviation (`f8net.spread`) of everything observed since the last call, NaN when nothing was; clears the sums."""
         n, total, squares = self.moments.tolist()
         self.moments.zero_()
-        return float(max(squares / n - (total / n) ** 2, 0.0) ** 0.5) if n else float("nan")
+        return spread(total / n, max(squares / n - (total / n) ** 2, 0.0) ** 0.5, relu=self.relu) if n else math.nan
 
 
 class _Body(PerTensorPoTScaling8bit):  # type: ignore[misc]  # Brevitas' injectors are untyped metaclass magic
@@ -128,13 +138,13 @@ class _FixedPointLayer:
         return body
 
     def rounded_weight(self) -> Tensor:
-        """Weight values on their grid, differentiable. (Brevitas' own `quant_weight` slices first, which copies gradients.)"""
+        """Weight values on their grid, differentiable; Brevitas' own `quant_weight` slices first, which copies gradients."""
         weight: Tensor = self.weight_quant(self.weight)
         return weight
 
     def rounded_bias(self) -> Tensor:
         """Bias rounded to 2^-(frac_x + frac_w), the accumulator's grid; straight-through gradient."""
-        bias: Tensor = RoundToGrid.apply(self.bias, torch.exp2(self.bias_frac))
+        bias: Tensor = RoundToGrid.apply(self.bias, power_of_two(self.bias_frac))
         return bias
 
 
@@ -167,7 +177,8 @@ class FixedPointLinear(_FixedPointLayer, qnn.QuantLinear):  # type: ignore[misc]
     """Linear layer with fixed-point weight and bias."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], bias=True, weight_quant=WeightFormat.let(weights=True, channels=0), return_quant_tensor=False)
+        injector = WeightFormat.let(weights=True, channels=0)
+        super().__init__(weight.shape[1], weight.shape[0], bias=True, weight_quant=injector, return_quant_tensor=False)
         _fill(self, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:

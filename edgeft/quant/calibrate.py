@@ -12,7 +12,7 @@ from edgeft.quant.formats import weight_format
 from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import IMAGE, ConvStep, LinearStep, Plan, Weighted, rectify, run_step
 from edgeft.quant.rescale import IMAGE_NORM, IMAGE_NORM_FRAC, equalize
-from edgeft.quant.statistics import collect, propose, propose_weight
+from edgeft.quant.statistics import TensorStatistics, collect, propose, propose_weight
 
 Advance = Callable[..., None]
 
@@ -37,10 +37,10 @@ def calibrate(plan: Plan, images: Tensor, config: QuantConfig, advance: Advance)
     else:
         for _ in plan.steps:
             advance()
-    return net, {point.name: statistics[point.name].sigma for point in net.points}
+    return net, {point.name: statistics[point.name].spread for point in net.points}
 
 
-def propose_point(net: FixedPointNet, name: str, statistics: dict, config: QuantConfig) -> int:  # type: ignore[type-arg]
+def propose_point(net: FixedPointNet, name: str, statistics: dict[str, TensorStatistics], config: QuantConfig) -> int:
     """What the configured rule picks for an activation; the normalised image has a fixed format."""
     point = next(p for p in net.points if p.name == name)
     return 7 if name == IMAGE_NORM else propose(net.plan, point, statistics[name], config.format)
@@ -82,8 +82,10 @@ def _repair(net: FixedPointNet, step: Weighted, x: Tensor, exact: Tensor, wanted
         weight = refit(step.weight, columns, centred(layer_inputs(step, exact, torch.Generator().manual_seed(seed))))
         weight = compensate_rounding(weight, scale, columns, layer.body.high)
     except torch.linalg.LinAlgError as error:
-        raise UnsupportedError(f"layer '{step.name}': its inputs on the calibration images are degenerate ({error})",
-                               "use more images: --set quant.calibration_images=256, or --set quant.compensate=false") from error  # fmt: skip
+        raise UnsupportedError(
+            f"layer '{step.name}': its inputs on the calibration images are degenerate ({error})",
+            "use more images: --set quant.calibration_images=256, or --set quant.compensate=false",
+        ) from error
     layer.weight.data.copy_(weight)
     drift = channel_means(wanted) - channel_means(net.run_step(step, [x]))
     layer.bias.data.add_(drift.to(layer.bias.dtype))

@@ -54,7 +54,8 @@ def refit(weight: Tensor, inputs: Tensor, exact: Tensor) -> Tensor:
     mean = hessian.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
     hessian.diagonal(dim1=1, dim2=2).add_(RIDGE * mean[:, None])
     change = torch.linalg.solve(hessian, x @ error.transpose(1, 2)).transpose(1, 2)
-    return (w + change).reshape(weight.shape).to(weight.dtype)
+    refitted: Tensor = w + change
+    return refitted.reshape(weight.shape).to(weight.dtype)
 
 
 def compensate_rounding(weight: Tensor, scale: Tensor, inputs: Tensor, max_code: int) -> Tensor:

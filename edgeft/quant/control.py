@@ -10,6 +10,7 @@ from edgeft.quant.f8net import SIGNED_STD, octaves, std_constant
 from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import GlobalPoolStep
 from edgeft.quant.rescale import IMAGE_NORM
+from edgeft.quant.statistics import weight_spread
 
 
 class FormatControl:
@@ -23,7 +24,6 @@ class FormatControl:
     def __init__(self, net: FixedPointNet, config: QuantConfig, sigmas: dict[str, float]) -> None:
         self.net = net
         self.config = config
-        self.moves = 0
         # Pools of rectified values were chosen by their root mean square; a deviation says nothing about them.
         self.points = {p.name: std_constant(p.format, relu=p.relu) for p in net.points
                        if p.name != IMAGE_NORM and not (isinstance(net.plan[p.name], GlobalPoolStep) and not p.format.signed)}  # fmt: skip
@@ -32,7 +32,12 @@ class FormatControl:
         for name in self.points:
             _remember(net.quantizer(name).body, sigmas[name])
         for name in self.layers:
-            _remember(net.layer(name).body, float(net.layer(name).weight.detach().double().std(correction=0)))
+            _remember(net.layer(name).body, weight_spread(net.layer(name).weight.detach().cpu().double().numpy()))
+
+    @property
+    def moves(self) -> int:
+        """How often a format has moved so far; kept in buffers, so that it survives an interruption."""
+        return sum(int(body.moves) for body in self._bodies())
 
     def before_step(self, step: int, total: int) -> None:
         """Called before each forward pass of training; `step` counts from 0."""
@@ -53,6 +58,7 @@ class FormatControl:
 
     @torch.no_grad()
     def _update(self) -> None:
+        before = [body.frac.clone() for body in self._bodies()]
         proposals = {p.name: self.net.frac(p.name) for p in self.net.points}
         for name, constant in self.points.items():
             sigma = self._average(self.net.quantizer(name).body)
@@ -62,6 +68,8 @@ class FormatControl:
             (frac,) = self.net.weight_fracs(name)
             sigma = self._average(self.net.layer(name).body)
             self.net.set_weight_fracs(name, (frac + self._move(frac, SIGNED_STD, sigma),))
+        for body, old in zip(self._bodies(), before, strict=True):
+            body.moves += int(bool(body.frac != old))
 
     def _average(self, body: FixedPointQuant) -> float:
         new = body.take_sigma()
@@ -74,12 +82,8 @@ class FormatControl:
             return 0
         wanted = octaves(constant, sigma)  # frac is right while frac <= wanted < frac + 1
         if wanted < frac - self.config.hysteresis:
-            self.moves += 1
             return -1
-        if wanted >= frac + 1 + self.config.hysteresis:
-            self.moves += 1
-            return 1
-        return 0
+        return int(wanted >= frac + 1 + self.config.hysteresis)
 
 
 def _remember(body: FixedPointQuant, sigma: float) -> None:

@@ -20,6 +20,8 @@ UNSIGNED_STD = 70.0
 """c of unsigned 8-bit values, with sigma that of the value *before* rectification."""
 UNSIGNED_RMS = 50.0
 """c of unsigned 8-bit values for the root mean square of the already rectified value."""
+REACH = 127.0 / SIGNED_STD
+"""Deviations that the range of a chosen format covers at the least."""
 EMPTY_FRAC = 7
 """Fraction of a tensor that is zero everywhere: any will do."""
 GRID = 5
@@ -29,6 +31,16 @@ GRID = 5
 def octaves(constant: float, sigma: float) -> float:
     """log2(c / sigma); its floor is the fraction."""
     return math.log2(constant / sigma)
+
+
+def spread(mean: float, deviation: float, *, relu: bool = False) -> float:
+    """Deviation to give to the rule, which takes the mean for 0: the tensor's own, or more where the mean is far from 0.
+
+    As much as keeps |mean| + 2 deviations in range; without this a (nearly) constant tensor would saturate altogether. With
+    `relu`, mean and deviation are those before rectification, and a mean below 0 does no harm.
+    """
+    centre = max(mean, 0.0) if relu else abs(mean)
+    return max(deviation, (centre + 2.0 * deviation) / REACH)
 
 
 def std_constant(fmt: FixedPointFormat, *, relu: bool) -> float:
@@ -43,7 +55,7 @@ def minmax_frac(peak: float, max_code: int) -> int:
     return math.floor(math.log2(max_code / peak)) if peak > 0 else EMPTY_FRAC
 
 
-def grid_frac(sample: NDArray[np.floating], fmt: FixedPointFormat, *, relu: bool) -> int:
+def grid_frac(sample: NDArray[np.float64], fmt: FixedPointFormat, *, relu: bool) -> int:
     """Fraction of least squared error to the rectified `sample`, among GRID candidates; ties go to the smaller one."""
     wanted = np.maximum(sample, 0.0) if relu else sample
     start = minmax_frac(float(np.abs(wanted).max(initial=0.0)), fmt.max_code)

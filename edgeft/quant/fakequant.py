@@ -17,6 +17,11 @@ def round_constant(frac: int) -> float:
     return 1.5 * 2.0 ** (23 - frac)
 
 
+def power_of_two(frac: Tensor) -> Tensor:
+    """2^frac in float32, exact on every device: what float64's exp2 may be off by vanishes when it is rounded to float32."""
+    return torch.exp2(frac.double()).float()
+
+
 def mask_bounds(low: int, high: int, frac: int, *, relu: bool) -> tuple[float, float]:
     """Open interval of values whose rounded, unclamped code lies in low ... high; a fused ReLU starts at 0 exactly.
 

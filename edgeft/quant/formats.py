@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from edgeft.fixedpoint import FixedPointFormat
 
@@ -67,6 +67,13 @@ class FormatTable:
         return f"weights frac {min(weights)} ... {max(weights)}, activations frac {min(fracs)} ... {max(fracs)}"
 
 
+class Named(Protocol):
+    """A step of a plan, as far as this module needs it: the tensors that it reads, and the one that it writes."""
+
+    name: str
+    inputs: tuple[str, ...]
+
+
 class Groups:
     """Disjoint sets of tensor names."""
 
@@ -74,14 +81,15 @@ class Groups:
         self._parent: dict[str, str] = {}
 
     @classmethod
-    def of(cls, steps: Iterable[Any], *kinds: type) -> "Groups":
+    def of(cls, steps: Iterable[Named], *kinds: type) -> "Groups":
         """Tie the inputs and the output of every step of the given kinds together."""
         groups = cls()
         for step in steps:
-            for name in (*step.inputs, step.name):
+            tied = isinstance(step, kinds)
+            groups.find(step.name)
+            for name in step.inputs:
                 groups.find(name)
-            if isinstance(step, kinds):
-                for name in step.inputs:
+                if tied:
                     groups.join(name, step.name)
         return groups
 
@@ -106,8 +114,11 @@ class Groups:
 
 @dataclass(frozen=True)
 class Point:
-    """An activation whose format is chosen: `min_frac` bounds it from below (a ReLU6 clip), `carried` marks members of a
-    residual group that run along the identity path; the others are operands that only one addition reads."""
+    """An activation whose format is chosen.
+
+    `min_frac` bounds it from below (a ReLU6 clip); `carried` marks members of a residual group that run along the identity
+    path, the others are operands that only one addition reads.
+    """
 
     name: str
     format: FixedPointFormat
@@ -121,15 +132,13 @@ def resolve(points: Sequence[Point], proposals: dict[str, int]) -> dict[str, int
     """Fractions that satisfy all constraints, from what a rule proposes for each tensor alone.
 
     Members of a residual group share the smallest fraction proposed along the identity path, so that additions round
-    nothing; a branch operand may be coarser, never finer (finer would round twice). ReLU6 tensors keep their clip.
+    nothing; a branch operand may be coarser, never finer (finer would round twice). ReLU6 tensors keep their clip even
+    where that makes them finer than their group: the sums around them have no clip, and would saturate at it.
     """
     shared: dict[int, int] = {}
     for point in points:
         if point.group is not None and point.carried:
             shared[point.group] = min(shared.get(point.group, proposals[point.name]), proposals[point.name])
-    for point in points:  # the clip of any member binds its whole group
-        if point.group is not None and point.min_frac is not None:
-            shared[point.group] = max(shared[point.group], point.min_frac)
     fracs = {}
     for point in points:
         frac = proposals[point.name]

@@ -8,26 +8,47 @@ from numpy.typing import NDArray
 
 from edgeft.errors import UnsupportedError
 from edgeft.fixedpoint import FixedPointFormat
-from edgeft.graph import FLOAT32_EXACT, Add, Conv, Flatten, GlobalPool, IntegerGraph, Linear, MaxPool, Op, Tensor, accumulator_bound
+from edgeft.graph import (
+    FLOAT32_EXACT,
+    INT32_LIMIT,
+    Add,
+    Conv,
+    Flatten,
+    GlobalPool,
+    IntegerGraph,
+    Linear,
+    MaxPool,
+    Op,
+    Tensor,
+    accumulator_bound,
+)
 from edgeft.quant.formats import MAX_SHIFT, FormatTable, LayerFormats, weight_format
 from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import IMAGE, AddStep, ConvStep, FlattenStep, GlobalPoolStep, LinearStep, MaxPoolStep, Step, Weighted
 from edgeft.quant.rescale import image_format
 
 MAX_NARROWING = 8
+"""Bits that a weight format may lose to the bounds."""
 
 
 def integers(net: FixedPointNet, step: Weighted) -> tuple[NDArray[np.int8], NDArray[np.int32]]:
     """Weight codes and bias codes of a layer. Raises UnsupportedError when the bias does not fit 32 bits."""
+    weight, bias = _codes(net, step)
+    if float(bias.abs().max()) >= INT32_LIMIT:
+        raise UnsupportedError(
+            f"layer '{step.name}': its bias does not fit 32 bits at fraction {int(net.layer(step.name).bias_frac.max())}"
+        )
+    return weight.cpu().numpy().astype(np.int8), bias.cpu().numpy().astype(np.int32)
+
+
+@torch.no_grad()
+def _codes(net: FixedPointNet, step: Weighted) -> tuple[torch.Tensor, torch.Tensor]:
     layer = net.layer(step.name)
-    with torch.no_grad():
-        weight = layer.rounded_weight().double() * torch.exp2(layer.body.frac.double())
-        bias = layer.rounded_bias().double() * torch.exp2(layer.bias_frac.double())
+    weight = layer.rounded_weight().double() * torch.exp2(layer.body.frac.double())
+    bias = layer.rounded_bias().double() * torch.exp2(layer.bias_frac.double())
     if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
         raise UnsupportedError(f"layer '{step.name}' has weights that are not finite numbers")
-    if float(bias.abs().max()) >= 2.0**31:
-        raise UnsupportedError(f"layer '{step.name}': its bias does not fit 32 bits at fraction {int(layer.bias_frac.max())}")
-    return weight.cpu().numpy().astype(np.int8), bias.cpu().numpy().astype(np.int32)
+    return weight, bias
 
 
 def enforce_bounds(net: FixedPointNet) -> list[str]:
@@ -40,22 +61,25 @@ def enforce_bounds(net: FixedPointNet) -> list[str]:
     for step in net.plan.weighted():
         if isinstance(step, ConvStep) and step.fixed:
             continue
-        for _ in range(MAX_NARROWING):
-            if _exact(net, step):
-                break
+        bits = 0
+        while not _exact(net, step):
+            if bits == MAX_NARROWING:
+                raise UnsupportedError(f"layer '{step.name}': no weight format keeps its accumulator exact")
             net.set_weight_fracs(step.name, tuple(f - 1 for f in net.weight_fracs(step.name)))
+            bits += 1
+        if bits:
             narrowed.append(step.name)
-        else:
-            raise UnsupportedError(f"layer '{step.name}': no weight format keeps its accumulator exact")
-    return sorted(set(narrowed))
+    return narrowed
 
 
 def _exact(net: FixedPointNet, step: Weighted) -> bool:
+    if float(_codes(net, step)[1].abs().max()) >= INT32_LIMIT:
+        return False
     bound = accumulator_bound(*integers(net, step), net.format(step.inputs[0]))
     if step.name == net.plan.output or bound <= FLOAT32_EXACT:
         return bound <= FLOAT32_EXACT
     shift = net.frac(step.inputs[0]) + max(net.weight_fracs(step.name)) - net.frac(step.name)
-    return bound < 2**31 and shift <= MAX_SHIFT[net.format(step.name).signed]
+    return bound < INT32_LIMIT and shift <= MAX_SHIFT[net.format(step.name).signed]
 
 
 def lower(net: FixedPointNet) -> IntegerGraph:

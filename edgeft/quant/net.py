@@ -1,5 +1,6 @@
 """FixedPointNet: the training graph, every layer hosted by Brevitas quantizers, the same integers as the interpreter."""
 
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edgeft.errors import VerificationError
 from edgeft.fixedpoint import FixedPointFormat
 from edgeft.quant.brevitas_bridge import ActivationQuant, FixedPointConv2d, FixedPointLinear
 from edgeft.quant.formats import MAX_SHIFT, Groups, Point, activation_format, resolve
@@ -27,7 +29,7 @@ class FixedPointNet(nn.Module):
     """A plan whose weights, biases and activations are rounded to fixed point in the forward pass.
 
     forward: image bytes [n, 3, h, w] to logits. Formats live in buffers of the quantizers and are set by `set_fracs` and
-    `set_weight_frac`; until then every fraction is 0. Gradients pass rounding unchanged and stop outside the code range.
+    `set_weight_fracs`; until then every fraction is 0. Gradients pass rounding unchanged and stop outside the code range.
     """
 
     def __init__(self, plan: Plan, *, profile: str, per_channel: bool) -> None:
@@ -111,11 +113,11 @@ class FixedPointNet(nn.Module):
         return tuple(int(f) for f in self.layer(name).body.frac.flatten().tolist())
 
     def set_fracs(self, proposals: dict[str, int]) -> None:
-        """Resolve what a rule proposes for each activation and put the fractions in force."""
+        """Resolve what a rule proposes for each activation and put the fractions in force; weights keep to the limits that follow."""
         for name, frac in resolve(self.points, proposals).items():
             self.quantizer(name).body.frac.fill_(min(frac, MAX_ACTIVATION_FRAC))
         for step in self.plan.weighted():
-            self._place_bias(step)
+            self.set_weight_fracs(step.name, self.weight_fracs(step.name))
 
     def set_weight_fracs(self, name: str, fracs: tuple[int, ...]) -> None:
         """Put weight fractions in force, lowered where the shift to the output would leave float32's exact range.
@@ -160,10 +162,8 @@ class FixedPointNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits."""
-        out = images
-        for _, out in self.tensors(images):
-            pass
-        return out
+        ((_, logits),) = deque(self.tensors(images), maxlen=1)
+        return logits
 
 
 def has_quantizer(step: Step) -> bool:
@@ -192,11 +192,14 @@ class TrainingGraph:
         return out
 
     def layers(self, images: Images) -> dict[str, NDArray[np.int64]]:
-        """Codes of every tensor. A value off its grid would show as a fraction and is kept visible by rounding half to even."""
+        """Codes of every tensor. Raises VerificationError when a value is not on the grid of its format."""
         net, codes = self.net, {}
         with torch.inference_mode():
             for name, value in net.tensors(torch.from_numpy(images).to(self.device)):
                 last = net.plan[name] if name == net.plan.output else None
                 frac = net.frac(last.inputs[0]) + net.weight_fracs(name)[0] if last is not None else net.frac(name)
-                codes[name] = torch.round(value.double() * 2.0**frac).to(torch.int64).cpu().numpy()
+                scaled = value.double() * 2.0**frac
+                if not torch.equal(scaled, scaled.round()):
+                    raise VerificationError(f"layer '{name}': {self.name} gives values that are no multiples of 2^-{frac}")
+                codes[name] = scaled.to(torch.int64).cpu().numpy()
         return codes

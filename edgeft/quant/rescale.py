@@ -70,7 +70,7 @@ def fold_image(plan: Plan, mean: Sequence[float], std: Sequence[float]) -> None:
 
 def _insert_image_norm(plan: Plan, levels: Tensor, std: Tensor) -> None:
     # value = (byte/256) * w - o with codes at frac 7; the largest gain that keeps bytes 0 and 255 inside -128 ... 127.
-    gain = torch.minimum(127.0 / (255.0 - levels), 128.0 / levels.clamp(min=1.0)).clamp(max=1.0)
+    gain = torch.minimum(127.0 / (255.0 - levels).clamp(min=1.0), 128.0 / levels.clamp(min=1.0))
     codes = (gain * 2.0 ** (IMAGE_NORM_FRAC + 1)).floor().clamp(max=127.0)
     weight = codes * 2.0**-IMAGE_NORM_FRAC
     for step in plan.steps:
@@ -150,7 +150,7 @@ def equalize(plan: Plan, peaks: dict[str, Tensor], clipped: dict[str, Tensor], r
     """
     pairs = [(step, after[0]) for step in plan.steps if isinstance(step, ConvStep) and not step.fixed
              and len(after := plan.consumers(step.name)) == 1 and isinstance(after[0], ConvStep)
-             and (depthwise(step) or depthwise(after[0])) and after[0].groups in (1, after[0].weight.shape[0])]  # fmt: skip
+             and (depthwise(step) or depthwise(after[0])) and (after[0].groups == 1 or depthwise(after[0]))]  # fmt: skip
     peaks = {name: peak.clone() for name, peak in peaks.items()}
     changed: set[str] = set()
     for _ in range(rounds):

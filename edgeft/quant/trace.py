@@ -8,7 +8,7 @@ import torch
 from timm.layers import BatchNormAct2d, Conv2dSame, DropPath, SelectAdaptivePool2d, get_same_padding
 from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
 from timm.layers.pool2d_same import MaxPool2dSame
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from edgeft.errors import UnsupportedError
@@ -60,13 +60,19 @@ class _Builder:
             if node.op == "placeholder":
                 self.env[node] = IMAGE
             elif node.op == "output":
-                output = self.env[node.args[0]]
+                output = self._returned(node)
             elif node.users:
                 self.env[node] = self._convert(node)
         steps = list(self.steps.values())
         if not steps or steps[-1].name != output or not isinstance(steps[-1], LinearStep) or steps[-1].relu:
             raise UnsupportedError("the network does not end in a linear classifier", _HINT)
         return Plan(steps, self.image_shape)
+
+    def _returned(self, node: fx.Node) -> str:
+        value = node.args[0]
+        if not isinstance(value, fx.Node):
+            raise UnsupportedError("the network returns more than one tensor of logits", _HINT)
+        return self.env[value]
 
     def _convert(self, node: fx.Node) -> str:
         if node.op == "call_module":
@@ -77,7 +83,7 @@ class _Builder:
                 return self._add_step(AddStep(self._name(node), self._inputs(node)))
             if target in _RELUS:
                 return self._rectify(node, None)
-            if target in _FLATTENS and tuple(node.args[1:]) in ((1,), (1, -1)):
+            if target in _FLATTENS and _arguments(node, "start_dim", "end_dim") in ({"start_dim": 1}, {"start_dim": 1, "end_dim": -1}):
                 return self._flatten(node, self._inputs(node)[0])
             if target in _DROPOUTS:
                 return self._inputs(node)[0]
@@ -146,11 +152,12 @@ class _Builder:
 
     def _only_use(self, node: fx.Node) -> Step | None:
         """The step that feeds `node`, if nothing else reads it and nothing follows it yet (so that `node` can join it)."""
-        argument = node.args[0]
-        if not isinstance(argument, fx.Node) or self.env[argument] == IMAGE or len(argument.users) != 1:
-            return None
-        step = self.steps[self.env[argument]]
-        return None if step.relu or any(step.name in other.inputs for other in self.steps.values()) else step
+        (name,) = self._inputs(node)
+        # A tensor has several nodes: the convolution, its batch norm, and whatever passes it through.
+        nodes = {other for other, tensor in self.env.items() if tensor == name}
+        readers = {user for other in nodes for user in other.users} - nodes
+        step = self.steps.get(name)
+        return None if step is None or step.relu or readers != {node} else step
 
     def _batch_norm(self, node: fx.Node, module: nn.BatchNorm2d) -> str:
         if module.running_mean is None or module.running_var is None:
@@ -199,7 +206,7 @@ class _Builder:
         return self._add_step(MaxPoolStep(self._name(node), (source,), shape, kernel=kernel, stride=stride, padding=padding))
 
     def _adaptive_pool(self, node: fx.Node, module: nn.AdaptiveAvgPool2d) -> str:
-        if _pair(module.output_size) != (1, 1):
+        if module.output_size not in (1, (1, 1)):
             raise self._unsupported(node, f"has output size {module.output_size}, only global pooling is supported")
         return self._global_pool(node)
 
@@ -208,11 +215,9 @@ class _Builder:
         return self._add_step(GlobalPoolStep(self._name(node), (source,), (self._shape(source)[0], 1, 1)))
 
     def _select_pool(self, node: fx.Node, module: SelectAdaptivePool2d) -> str:
-        if module.pool_type == "":
-            return self._inputs(node)[0]
-        if not isinstance(module.pool, nn.AdaptiveAvgPool2d | FastAdaptiveAvgPool):
+        if module.pool_type and not isinstance(module.pool, nn.AdaptiveAvgPool2d | FastAdaptiveAvgPool):
             raise self._unsupported(node, f"pools by '{module.pool_type}', only 'avg' is supported")
-        name = self._global_pool(node)
+        name = self._global_pool(node) if module.pool_type else self._inputs(node)[0]
         flattens = isinstance(module.flatten, nn.Flatten) or (isinstance(module.pool, FastAdaptiveAvgPool) and module.pool.flatten)
         return self._flatten(node, name) if flattens else name
 
@@ -234,6 +239,11 @@ class _Builder:
         weight = module.weight.detach().double()
         bias = module.bias.detach().double() if module.bias is not None else weight.new_zeros(module.out_features)
         return self._add_step(LinearStep(self._name(node), (source,), (module.out_features,), weight=weight, bias=bias))
+
+
+def _arguments(node: fx.Node, *names: str) -> dict[str, Any]:
+    """Arguments after the first one by name, however they were given."""
+    return {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
 
 
 def _pair(value: Any) -> Pair:

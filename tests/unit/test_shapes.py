@@ -54,7 +54,7 @@ def test_splits_have_the_documented_sizes(dataset: Dataset) -> None:
     assert dataset.name == "shapes"
     assert dataset.size == 48
     assert dataset.augment == "none"
-    assert (len(dataset.train), len(dataset.val), len(dataset.id_test)) == (1200, 300, 1000)
+    assert (len(dataset.train), len(dataset.val), len(dataset.id_test)) == (1200, 1000, 1000)
     assert tuple(split.name for split in dataset.ood) == OOD
     assert all(len(split) == len(split.images) == 1000 for split in dataset.ood)
     assert [split.kind for split in dataset.tests] == ["id"] + ["ood"] * 6

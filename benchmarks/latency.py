@@ -1,0 +1,150 @@
+"""Suite ort-latency: the exported ONNX file against ONNX Runtime's float32 and its own static quantization of the same net."""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.nets import Case, fixed_point, random_classifier, random_images, shuffled
+from benchmarks.peers import check_float_peer, normalised, quantized_peer, session
+from benchmarks.peers import float_peer as write_float_peer
+from benchmarks.record import Machine, write
+from edgeft.artifact import Artifact
+from edgeft.checkpoint import restore
+from edgeft.config import Config, ModelConfig
+from edgeft.data.preprocess import Preprocessing
+from edgeft.export.onnx_qdq import build_model
+from edgeft.export.ort_runner import INPUT, OnnxRunner
+from edgeft.export.verify import verify
+from edgeft.graph import IntegerGraph
+from edgeft.interpret import Interpreter
+from edgeft.models import Classifier, build_classifier
+from edgeft.progress import Progress
+from edgeft.quant.lower import lower
+
+SUITE = "ort-latency"
+OURS, FLOAT, PEER = "edgeft", "fp32", "ORT static int8"
+BATCH = 1
+N_VERIFIED, N_CALIBRATION = 16, 32
+COLUMNS = ("net", "model", "median ms", "p95 ms", "speed against fp32", "kB")
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A net to time, in both forms. `origin` says where its weights come from."""
+
+    label: str
+    origin: str
+    classifier: Classifier
+    graph: IntegerGraph
+    images: NDArray[np.uint8]
+
+
+def random_subject(case: Case) -> Subject:
+    """A net with weights that mean nothing: time does not depend on them."""
+    classifier = random_classifier(case)
+    graph = lower(fixed_point(classifier)[0])
+    images = random_images(N_CALIBRATION, case.size, seed=2).transpose(0, 3, 1, 2).copy()
+    return Subject(case.label, "random weights and images", classifier, graph, images)
+
+
+def run_subject(run: Path) -> Subject:
+    """The network of a finished run, with its golden images. Raises ArtifactError when it is damaged."""
+    artifact = Artifact.load(run)
+    config, p = Config.model_validate(artifact.manifest.config), Preprocessing.from_json(artifact.manifest.preprocessing)
+    model = ModelConfig(backbone=config.model.backbone, args=config.model.args)
+    built = build_classifier(model, config.data, len(artifact.manifest.classes), p.size, config.seed)
+    restore(built.net, {name: torch.from_numpy(value) for name, value in artifact.arrays("float.safetensors").items()})
+    classifier = Classifier(built.net, p).eval()
+    images = artifact.samples()["images"][:N_CALIBRATION]
+    return Subject(f"{model.backbone} {p.size} px", f"run of digest {artifact.digest[:12]}", classifier, artifact.graph(), images)
+
+
+def measure(subject: Subject, *, n_rounds: int, n_calls: int, threads: int, folder: Path) -> dict[str, Any]:
+    """Verify all three models, then time them in interleaved rounds; a JSON-able record with every round's times in ms.
+
+    Raises VerificationError when the exported model differs from the interpreter in a single code, or the float peer from PyTorch.
+    """
+    files = {name: folder / f"{number}.onnx" for number, name in enumerate((OURS, FLOAT, PEER))}
+    files[OURS].write_bytes(build_model(subject.graph).SerializeToString())
+    n_verified = verify(Interpreter(subject.graph), OnnxRunner(files[OURS], threads), subject.images[:N_VERIFIED])
+    write_float_peer(subject.classifier, files[FLOAT])
+    difference = check_float_peer(subject.classifier, files[FLOAT], subject.images[:N_VERIFIED])
+    inputs = normalised(subject.classifier, subject.images)
+    quantized_peer(files[FLOAT], files[PEER], inputs)
+    calls = {name: _call(file, subject.images[:BATCH] if name == OURS else inputs[:BATCH], threads) for name, file in files.items()}
+    return {
+        "net": subject.label, "origin": subject.origin, "verified_images": n_verified, "float_peer_difference": difference,
+        "rounds_ms": time_rounds(calls, n_rounds, n_calls), "file_bytes": {name: file.stat().st_size for name, file in files.items()},
+    }  # fmt: skip
+
+
+def _call(file: Path, batch: NDArray[Any], threads: int) -> Call:
+    opened = session(file, threads)
+    feed = {opened.get_inputs()[0].name: batch}
+    return lambda: opened.run(None, feed)
+
+
+def time_rounds(calls: dict[str, Call], n_rounds: int, n_calls: int) -> dict[str, list[list[float]]]:
+    """Milliseconds of each call, per name and round; before the first round each is called `n_calls` times, untimed."""
+    for call in calls.values():
+        _timed(call, n_calls)
+    found: dict[str, list[list[float]]] = {name: [] for name in calls}
+    for order in shuffled(list(calls), n_rounds):
+        for name in order:
+            calls[name]()  # the model before has filled the caches
+            found[name].append(_timed(calls[name], n_calls))
+    return found
+
+
+def _timed(call: Call, n: int) -> list[float]:
+    times_ms = []
+    for _ in range(n):
+        start = time.perf_counter_ns()
+        call()
+        times_ms.append((time.perf_counter_ns() - start) / 1e6)
+    return times_ms
+
+
+def rows_of(record: dict[str, Any]) -> list[tuple[str | float, ...]]:
+    """Table rows of one net: median and p95 over all calls; the speed is the median over the rounds of the ratio of round medians."""
+    rows: list[tuple[str | float, ...]] = []
+    medians = {name: np.median(rounds, axis=1) for name, rounds in record["rounds_ms"].items()}
+    for name, rounds in record["rounds_ms"].items():
+        speed = float(np.median(medians[FLOAT] / medians[name]))
+        median, p95 = float(np.median(rounds)), float(np.percentile(rounds, 95))
+        rows.append((record["net"], name, round(median, 3), round(p95, 3), round(speed, 2), round(record["file_bytes"][name] / 1000)))
+    return rows
+
+
+def run(subjects: Sequence[Callable[[], Subject]], out: Path, *, n_rounds: int, n_calls: int, threads: int, progress: Progress) -> Path:
+    """Measure each net and write the result file."""
+    machine, records = Machine.look(threads), []
+    for make in subjects:
+        subject = make()
+        progress.line(f"{SUITE}: {subject.label}")
+        with tempfile.TemporaryDirectory() as folder:
+            records.append(measure(subject, n_rounds=n_rounds, n_calls=n_calls, threads=threads, folder=Path(folder)))
+    origins = "; ".join(f"{record['net']}: {record['origin']}" for record in records)
+    notes = [
+        f"Batch {BATCH}, {threads} thread, {n_rounds} interleaved rounds in random order of {n_calls} calls each after {n_calls} untimed ones; "
+        f"median and p95 over all calls, speed is the median over rounds of the ratio within a round. Load at start {machine.load}.",
+        f"Every exported model was first compared with the interpreter, all tensors of {records[0]['verified_images']} images, 0 differing codes.",
+        f"fp32 is the same net with batch norm folded, equal to PyTorch within {max(r['float_peer_difference'] for r in records):.0e} of the largest score.",
+        "ORT static int8 is onnxruntime.quantization.quantize_static of it (QDQ, per channel, U8S8, min-max).",
+        f"'{INPUT}' of edgeft are bytes; the other two are given normalised floats and are not charged for that.",
+        f"Weights: {origins}; time does not depend on them.",
+    ]  # fmt: skip
+    return write(
+        out, machine, suite=SUITE, title="Latency on ONNX Runtime", columns=COLUMNS, rows=[row for record in records for row in rows_of(record)],
+        notes=notes, options={"batch": BATCH, "rounds": n_rounds, "calls": n_calls, "threads": threads, "warm_up_calls": n_calls},
+        n={"rounds": n_rounds, "calls": n_rounds * n_calls}, measurements=records,
+    )  # fmt: skip
