@@ -27,6 +27,7 @@ from edgeft.interpret import Interpreter
 from edgeft.models import Classifier, build_classifier
 from edgeft.progress import Progress
 from edgeft.quant.lower import lower
+from edgeft.quant.rescale import IMAGE_NORM
 
 SUITE = "ort-latency"
 OURS, FLOAT, PEER = "edgeft", "fp32", "ORT static int8"
@@ -82,7 +83,7 @@ def measure(subject: Subject, *, n_rounds: int, n_calls: int, threads: int, fold
     quantized_peer(files[FLOAT], files[PEER], inputs)
     calls = {name: _call(file, subject.images[:BATCH] if name == OURS else inputs[:BATCH], threads) for name, file in files.items()}
     return {
-        "net": subject.label, "origin": subject.origin, "verified_images": n_verified, "float_peer_difference": difference,
+        "net": subject.label, "origin": subject.origin, "normalises": IMAGE_NORM in subject.graph.tensors, "verified_images": n_verified, "float_peer_difference": difference,
         "rounds_ms": time_rounds(calls, n_rounds, n_calls), "file_bytes": {name: file.stat().st_size for name, file in files.items()},
     }  # fmt: skip
 
@@ -134,17 +135,26 @@ def run(subjects: Sequence[Callable[[], Subject]], out: Path, *, n_rounds: int, 
         with tempfile.TemporaryDirectory() as folder:
             records.append(measure(subject, n_rounds=n_rounds, n_calls=n_calls, threads=threads, folder=Path(folder)))
     origins = "; ".join(f"{record['net']}: {record['origin']}" for record in records)
+    n_verified = min(record["verified_images"] for record in records)
+    difference = max(record["float_peer_difference"] for record in records)
     notes = [
-        f"Batch {BATCH}, {threads} thread, {n_rounds} interleaved rounds in random order of {n_calls} calls each after {n_calls} untimed ones; "
-        f"median and p95 over all calls, speed is the median over rounds of the ratio within a round. Load at start {machine.load}.",
-        f"Every exported model was first compared with the interpreter, all tensors of {records[0]['verified_images']} images, 0 differing codes.",
-        f"fp32 is the same net with batch norm folded, equal to PyTorch within {max(r['float_peer_difference'] for r in records):.0e} of the largest score.",
+        f"Batch {BATCH}, {n_rounds} interleaved rounds in random order of {n_calls} calls each after {n_calls} untimed ones; median and "
+        f"p95 over all calls, speed is the median over rounds of the ratio within a round. Load at start {machine.load}.",
+        f"Every exported model was first compared with the interpreter: all tensors of {n_verified} images, 0 differing codes.",
+        f"fp32 is the same net with batch norm folded, equal to PyTorch within {difference:.0e} of the largest score.",
         "ORT static int8 is onnxruntime.quantization.quantize_static of it (QDQ, per channel, U8S8, min-max).",
-        f"'{INPUT}' of edgeft are bytes; the other two are given normalised floats and are not charged for that.",
+        f"edgeft takes '{INPUT}' as bytes{_normalising(records)}; the other two are given normalised floats and are not charged for that.",
         f"Weights: {origins}; time does not depend on them.",
     ]  # fmt: skip
     return write(
-        out, machine, suite=SUITE, title="Latency on ONNX Runtime", columns=COLUMNS, rows=[row for record in records for row in rows_of(record)],
-        notes=notes, options={"batch": BATCH, "rounds": n_rounds, "calls": n_calls, "threads": threads, "warm_up_calls": n_calls},
+        out, machine, suite=SUITE, title="Latency on ONNX Runtime", columns=COLUMNS,
+        rows=[row for record in records for row in rows_of(record)], notes=notes,
+        options={"batch": BATCH, "rounds": n_rounds, "calls": n_calls, "threads": threads, "warm_up_calls": n_calls},
         n={"rounds": n_rounds, "calls": n_rounds * n_calls}, measurements=records,
     )  # fmt: skip
+
+
+def _normalising(records: Sequence[dict[str, Any]]) -> str:
+    """Which nets spend time on normalising the image: those whose mean is neither 1/2 nor 0, which alone fold into the stem."""
+    names = [record["net"] for record in records if record["normalises"]]
+    return f" and normalises them in a layer of its own ({', '.join(names)})" if names else ""

@@ -70,17 +70,21 @@ def write(
     n: Mapping[str, int],
     measurements: Any,
     n_lead_rows: int | None = None,
+    versions: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `folder`/<suite>_<hardware>_<YYYYMM>.json (UTC date), which replaces an earlier one of the same month; returns the file.
 
-    `n` says how many of what were measured, `measurements` is everything from which the rows were computed. Raises ConfigError when a
-    row does not fit the columns, ArtifactError when the file cannot be written.
+    `n` says how many of what were measured, `measurements` is everything from which the rows were computed, `versions` are those of
+    an earlier measurement where it was not made now. Raises ConfigError when a row does not fit the columns, ArtifactError when the
+    file cannot be written.
     """
     now = datetime.now(UTC)
     tree = {
-        "suite": suite, "title": title, "hardware": machine.text, "date": now.date().isoformat(), "versions": installed_versions(),
+        "suite": suite, "title": title, "hardware": machine.text, "date": now.date().isoformat(),
+        "versions": dict(versions or installed_versions()),
         "columns": list(columns), "rows": [list(row) for row in rows], "notes": list(notes), "n_lead_rows": n_lead_rows,
-        "machine": asdict(machine) | {"platform": platform.platform()}, "options": dict(options), "n": dict(n), "measurements": measurements,
+        "machine": asdict(machine) | {"platform": platform.platform()}, "options": dict(options), "n": dict(n),
+        "measurements": measurements,
     }  # fmt: skip
     file = folder / f"{suite}_{machine.slug}_{now:%Y%m}.json"
     Result.from_json(tree, file.name)

@@ -183,14 +183,15 @@ def run(cases: Sequence[Case], out: Path, *, n_rounds: int, n_steps: int, thread
     machine = Machine.look(threads)
     records = [measure(case, n_rounds=n_rounds, n_steps=n_steps, threads=threads, progress=progress) for case in cases]
     notes = [
-        f"{n_rounds} interleaved rounds in random order of {n_steps} steps each after {WARM_UP_STEPS} untimed ones; rates are medians over rounds, "
-        f"ratios are medians over rounds of the ratio within a round. Load at start {machine.load}.",
-        "Random weights, random images in memory, no augmentation; SGD with momentum, frozen batch norm, channels-last, fp32. Time stamps are taken "
-        "before each step: data feed, loss check and progress are in them, validation and checkpoints between epochs are not.",
+        f"{n_rounds} interleaved rounds in random order of {n_steps} steps each after {WARM_UP_STEPS} untimed ones; rates are medians over "
+        f"rounds, ratios are medians over rounds of the ratio within a round. Load at start {machine.load}.",
+        "Random weights, random images in memory, no augmentation; SGD with momentum, frozen batch norm, channels-last, fp32. Time stamps "
+        "are taken before each step: data feed, loss check and progress are in them, validation and checkpoints between epochs are not.",
         "Peak MiB: resident memory of a fresh process that runs a few steps, libraries and images included.",
     ]  # fmt: skip
     return write(
-        out, machine, suite=SUITE, title="Training throughput", columns=COLUMNS, rows=[row for record in records for row in rows_of(record)],
-        notes=notes, options={"rounds": n_rounds, "steps": n_steps, "warm_up_steps": WARM_UP_STEPS, "threads": threads, "learning_rate": RATE},
+        out, machine, suite=SUITE, title="Training throughput", columns=COLUMNS,
+        rows=[row for record in records for row in rows_of(record)], notes=notes,
+        options={"rounds": n_rounds, "steps": n_steps, "warm_up_steps": WARM_UP_STEPS, "threads": threads, "learning_rate": RATE},
         n={"rounds": n_rounds, "steps": n_rounds * n_steps}, measurements=records,
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,28 +103,16 @@ def train_quantize(config: Config, *, resume: bool = False, progress: Progress |
     measured = _measure(FloatModel(classifier), dataset, context, None)
     context.say(f"quantize {n_layers} layers, format {config.quant.format} per {config.quant.granularity}, profile {config.quant.profile}")
     rates = [record["result"]["lr"] for record in records if "lr" in record["result"]]
-    full_precision = replace(context, accelerator=make_accelerator(_fp32(config)))
-    quantized = quantize(classifier, dataset, full_precision, config, rates[-1] if rates else None)
+    quantized = quantize(classifier, dataset, context, config, rates[-1] if rates else None)
     context.say(f"formats: {quantized.formats.summary()}")
     _verify_lowering(quantized, dataset, context, config)
     fixed = _measure(TrainingGraph(quantized.net), dataset, context, measured[1])
     report = EvalReport((measured[0], fixed[0]))
+    if accelerator.is_main_process:
+        _write(config, dataset, context, quantized, report, float_state, records, {FLOAT: measured[1], FIXED_POINT: fixed[1]})
     accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return Artifact.load(config.run_dir) if is_finished(config.run_dir) else _after_main(config, accelerator)
-    artifact = _write(config, dataset, context, quantized, report, float_state, records, {FLOAT: measured[1], FIXED_POINT: fixed[1]})
-    accelerator.wait_for_everyone()
-    shutil.rmtree(context.work, ignore_errors=True)
-    return artifact
-
-
-def _fp32(config: Config) -> Config:
-    # Rounding by addition needs float32; autocast is for the float stages only.
-    return config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
-
-
-def _after_main(config: Config, accelerator: Any) -> Artifact:
-    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(context.work, ignore_errors=True)
     return Artifact.load(config.run_dir)
 
 
@@ -162,13 +149,13 @@ def _verify_lowering(quantized: Quantized, dataset: Dataset, context: TrainConte
 def _write(
     config: Config, dataset: Dataset, context: TrainContext, quantized: Quantized, report: EvalReport,
     float_state: dict[str, Any], records: list[dict[str, Any]], predictions: dict[str, dict[str, Predictions]],
-) -> Artifact:  # fmt: skip
+) -> None:  # fmt: skip
     images = _golden_images(dataset, context.preprocessing, config)
     logits = quantized.graph.output
     codes = np.concatenate(
         [Interpreter(quantized.graph).layers(part)[logits] for part in np.array_split(images, max(1, len(images) // 16))]
     )
-    return write_artifact(
+    write_artifact(
         config.run_dir, kind="quantized", config=config.model_dump(mode="json"), seed=config.seed,
         preprocessing=context.preprocessing.to_json(), classes=dataset.classes,
         arrays={

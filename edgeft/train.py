@@ -1,6 +1,8 @@
 """The one training procedure: run an SGD stage at every learning rate, keep the best epoch, survive a kill at any moment."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,8 +49,20 @@ def fit(model: nn.Module, stage: Stage, train: Split, val: Split, context: Train
     Raises TrainingError when the only rate, or every rate before its first epoch ended, gives a loss that is not finite; ConfigError
     when a step cannot be split over the processes; ArtifactError when checkpoints cannot be read, written or used.
     """
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+    with _repeatable_convolutions():
         return _Fit(model, stage, train, val, context).run(on_step)
+
+
+@contextmanager
+def _repeatable_convolutions() -> Iterator[None]:
+    # Not through cudnn.flags, which would also overrule what the caller has chosen for TF32.
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 class _Fit:

@@ -88,4 +88,4 @@ def _repair(net: FixedPointNet, step: Weighted, x: Tensor, exact: Tensor, wanted
         ) from error
     layer.weight.data.copy_(weight)
     drift = channel_means(wanted) - channel_means(net.run_step(step, [x]))
-    layer.bias.data.add_(drift.to(layer.bias.dtype))
+    layer.bias.data.copy_(layer.rounded_bias() + drift.to(layer.bias.dtype))  # the drift was measured with the rounded bias

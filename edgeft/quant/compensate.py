@@ -12,6 +12,8 @@ POSITIONS = 48
 """Output positions sampled from each calibration image."""
 RIDGE = 0.1
 """Share of the mean diagonal that holds refitted weights near the given ones."""
+DOUBLE_UP_TO = 1024
+"""Weights per output up to which float64 is used. Beyond, its cubic cost outweighs what it gains: damping bounds the condition number."""
 BLOCK = 128
 """Columns rounded before their errors are passed on to the rest."""
 
@@ -48,12 +50,13 @@ def refit(weight: Tensor, inputs: Tensor, exact: Tensor) -> Tensor:
     weight [out, ...]; inputs and exact [groups, k, samples], centred, the quantized and the float columns.
     """
     groups, k, _ = inputs.shape
-    w, x = weight.reshape(groups, -1, k).double(), inputs.double()
-    error = w @ (exact.double() - x)
+    dtype = _precision(k)
+    w, x = weight.reshape(groups, -1, k).to(dtype), inputs.to(dtype)
+    error = w @ (exact.to(dtype) - x)
     hessian = x @ x.transpose(1, 2)
     mean = hessian.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
     hessian.diagonal(dim1=1, dim2=2).add_(RIDGE * mean[:, None])
-    change = torch.linalg.solve(hessian, x @ error.transpose(1, 2)).transpose(1, 2)
+    change = torch.cholesky_solve(x @ error.transpose(1, 2), torch.linalg.cholesky(hessian)).transpose(1, 2)
     refitted: Tensor = w + change
     return refitted.reshape(weight.shape).to(weight.dtype)
 
@@ -65,9 +68,10 @@ def compensate_rounding(weight: Tensor, scale: Tensor, inputs: Tensor, max_code:
     that keep the layer's output close in the mean square over `inputs`.
     """
     groups, k, _ = inputs.shape
-    w = weight.reshape(groups, -1, k).double()
-    s = scale.double().expand(weight.shape[0]).reshape(groups, -1, 1)
-    hessian = (inputs @ inputs.transpose(1, 2)).double()
+    dtype = _precision(k)
+    w = weight.reshape(groups, -1, k).to(dtype)
+    s = scale.to(dtype).expand(weight.shape[0]).reshape(groups, -1, 1)
+    hessian = (inputs @ inputs.transpose(1, 2)).to(dtype)
     mean = hessian.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
     hessian.diagonal(dim1=1, dim2=2).add_(DAMPING * mean[:, None] + 1e-12)
     order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
@@ -87,6 +91,10 @@ def compensate_rounding(weight: Tensor, scale: Tensor, inputs: Tensor, max_code:
             errors[:, :, j - start : j - start + 1] = error
         w[:, :, stop:] -= errors @ inverse[:, start:stop, stop:]
     return rounded.gather(2, order.argsort(dim=1).unsqueeze(1).expand(-1, w.shape[1], -1)).reshape(weight.shape).to(weight.dtype)
+
+
+def _precision(k: int) -> torch.dtype:
+    return torch.float64 if k <= DOUBLE_UP_TO else torch.float32
 
 
 def channel_means(x: Tensor) -> Tensor:

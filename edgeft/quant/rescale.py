@@ -102,8 +102,10 @@ def scale_clips(plan: Plan, profile: str) -> None:
                 if isinstance(step, ConvStep | LinearStep):
                     step.weight, step.bias = step.weight * factor, step.bias * factor
                 step.clip = None if step.clip is None else step.clip * float(factor)
+        # Convolutions inside the group, too, read what has been scaled; only what ties its members passes the factor on.
+        ties = [step.name for step in plan.steps if step.name in members and not isinstance(step, ConvStep | LinearStep)]
         for name in members:
-            _scale_input(plan, name, 1.0 / factor, skip=members)
+            _scale_input(plan, name, 1.0 / factor, skip=ties)
 
 
 def _scale_input(plan: Plan, name: str, factor: Tensor, offset: Tensor | None = None, skip: Iterable[str] = ()) -> None:

@@ -183,6 +183,15 @@ def test_bf16_autocast_leaves_float32_weights_and_the_model_unpatched(tmp_path: 
     assert "forward" not in vars(model)
 
 
+def test_settings_of_cudnn_are_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn, seen = torch.backends.cudnn, set()
+    for name, value in (("allow_tf32", False), ("benchmark", True), ("deterministic", False)):
+        monkeypatch.setattr(cudnn, name, value)
+    trained(tmp_path, on_step=lambda *_: seen.add((cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic)))
+    assert seen == {(False, False, True)}, "the same convolution at every step, in the arithmetic that the caller allows"
+    assert (cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic) == (False, True, False)
+
+
 def test_precision_and_device_that_this_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="device 'cuda' is not available"):

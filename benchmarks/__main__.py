@@ -1,0 +1,149 @@
+"""python -m benchmarks SUITE: measure one suite and write its result file; torch is loaded only by the suite that runs."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.tables import RESULTS
+from edgeft.errors import EdgeftError
+from edgeft.progress import Progress
+
+app = typer.Typer(
+    name="benchmarks",
+    help="Measure one suite and write its result file; `make tables` then renders it. Protocol: benchmarks/README.md.",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+Out = Annotated[Path, typer.Option(help="folder of the result file", show_default="benchmarks/results")]
+Backbone = Annotated[str | None, typer.Option(help="timm name; default: edgeft_micro, mobilenetv2_100 and resnet18, one after the other")]
+Size = Annotated[int | None, typer.Option(min=8, help="input size in pixels, with --backbone; default: 128")]
+Threads = Annotated[int, typer.Option(min=1, help="threads of the libraries that are timed")]
+
+
+@app.command("shapes-methods")
+def shapes_methods(
+    seeds: Annotated[str, typer.Option(help="seeds, separated by commas")] = "20,21,22,23,24",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any key of the configuration; may be repeated")
+    ] = None,
+    out: Out = RESULTS,
+) -> None:
+    """Accuracy of LP, FT and LP-FT in float on the embedded data set, in and out of distribution, paired by seed."""
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"'{seeds}' is not a list of whole numbers", param_hint="--seeds") from error
+    from benchmarks.shapes_methods import run
+
+    _done(run(numbers, out, sets=set_ or [], progress=Progress()))
+
+
+@app.command("runs")
+def runs(
+    named: Annotated[list[str], typer.Argument(metavar="METHOD=RUN...", help="finished runs and their names in the table")],
+    name: Annotated[str, typer.Option(help="name of the result, e.g. pacs")],
+    title: Annotated[str, typer.Option(help="title of the table")],
+    train_images: Annotated[int | None, typer.Option(min=1, help="number of training images, to be stated")] = None,
+    val_images: Annotated[int | None, typer.Option(min=1, help="number of validation images, to be stated")] = None,
+    out: Out = RESULTS,
+) -> None:
+    """Tabulate finished runs with their exports: accuracy of the float, the fixed-point and the exported models."""
+    from benchmarks.runs import parse, run
+
+    sizes = {what: n for what, n in (("training", train_images), ("validation", val_images)) if n is not None}
+    _done(run(name, title, [parse(text) for text in named], out, sizes=sizes))
+
+
+@app.command("train-throughput")
+def train_throughput(
+    backbone: Backbone = None,
+    size: Size = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="images per step, with --backbone; default: 32")] = None,
+    steps: Annotated[int, typer.Option(min=10, help="timed steps per round; formats are updated in every tenth")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 5,
+    threads: Threads = 1,
+    out: Out = RESULTS,
+) -> None:
+    """Speed and memory of float fine-tuning against a bare PyTorch loop, and of QAT against float."""
+    _limit(threads)
+    from benchmarks.nets import chosen
+    from benchmarks.throughput import run
+
+    _done(run(chosen(backbone, size, batch), out, n_rounds=rounds, n_steps=steps, threads=threads, progress=Progress()))
+
+
+@app.command("ort-latency")
+def ort_latency(
+    backbone: Backbone = None,
+    size: Size = None,
+    runs: Annotated[list[Path] | None, typer.Option("--run", help="a finished run instead of random weights; may be repeated")] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="interleaved rounds")] = 30,
+    calls: Annotated[int, typer.Option(min=1, help="timed calls per model and round")] = 20,
+    threads: Threads = 1,
+    out: Out = RESULTS,
+) -> None:
+    """Latency of the exported ONNX file against ONNX Runtime's float32 and its static quantization of the same net."""
+    _limit(threads)
+    from functools import partial
+
+    from benchmarks.latency import random_subject, run, run_subject
+    from benchmarks.nets import chosen
+
+    subjects = [partial(run_subject, path) for path in runs] if runs else [partial(random_subject, case) for case in chosen(backbone, size)]
+    _done(run(subjects, out, n_rounds=rounds, n_calls=calls, threads=threads, progress=Progress()))
+
+
+@app.command("gpu-check")
+def gpu_check(
+    parts: Annotated[list[str] | None, typer.Argument(help="runs, exact, steps; default: all")] = None,
+    records: Annotated[
+        Path | None, typer.Option(help="folder that keeps each part's measurements; the last part completes the result")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds of training steps")] = 7,
+    steps: Annotated[int, typer.Option(min=1, help="steps of a round; formats are updated in every tenth")] = 10,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any key of the runs' configuration")] = None,
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try the suite out")] = "cuda",
+    out: Out = RESULTS,
+) -> None:
+    """Integers, resumption and training speed on a GPU."""
+    import torch
+
+    from benchmarks.gpu import Settings, run
+
+    file = run(parts or [], out, records, Settings(torch.device(device), rounds, steps, tuple(set_ or []), Progress()))
+    if file is None:
+        print(f"parts are missing in '{records}'")
+    else:
+        _done(file)
+
+
+def _limit(threads: int) -> None:
+    """Before torch is loaded: its thread pool is as large as this for good, and idle threads of a larger one disturb what is timed."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def _done(file: Path) -> None:
+    print(f"wrote {file}; render it with: make tables")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 measured, 1 a check before the measurement failed, 2 could not be done."""
+    try:
+        app(args=argv, prog_name="python -m benchmarks")
+    except EdgeftError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        for line in error.hint.splitlines():
+            print(f"  {line.strip()}", file=sys.stderr)
+        return error.exit_code
+    except SystemExit as done:
+        return int(done.code or 0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgeft.config import QuantConfig
+from edgeft.errors import UnsupportedError
+from edgeft.interpret import Interpreter
+from edgeft.quant.calibrate import calibrate
+from edgeft.quant.compensate import centred, channel_means, compensate_rounding, layer_inputs, refit
+from edgeft.quant.f8net import EMPTY_FRAC
+from edgeft.quant.formats import weight_format
+from edgeft.quant.lower import enforce_bounds, lower
+from edgeft.quant.net import FixedPointNet, TrainingGraph
+from edgeft.quant.plan import ConvStep, run_float
+from edgeft.quant.rescale import prepare_plan
+from edgeft.quant.statistics import TensorStatistics, collect, propose_weight, weight_spread
+from tests.nets import HALF, SIZE, Sum, bytes_of, calibrated, conv_bn, depthwise_net, head, prepared, randomise, residual_net
+
+
+def error(net: FixedPointNet, float_net: nn.Module, n: int = 48) -> float:
+    """Root mean square error of the logits on images that calibration has not seen."""
+    images = torch.from_numpy(bytes_of(n, seed=77))
+    with torch.no_grad():
+        wanted = float_net(images.float() / 127.5 - 1)
+        return float((net(images) - wanted).square().mean().sqrt() / wanted.std())
+
+
+def quantized_error(build: Any, seed: int, **quant: Any) -> float:
+    float_net = randomise(build(), seed)
+    return error(calibrated(prepared(float_net), 48, **quant), float_net)
+
+
+@pytest.mark.parametrize("build", [residual_net, depthwise_net])
+def test_compensation_lowers_the_error_on_other_images(build: Any) -> None:
+    plain = [quantized_error(build, seed, compensate=False) for seed in range(4)]
+    repaired = [quantized_error(build, seed) for seed in range(4)]
+    assert np.mean(repaired) < 0.9 * np.mean(plain)
+    assert np.mean(repaired) < 0.2
+
+
+@pytest.mark.parametrize("rule", ["std", "grid", "minmax"])
+def test_channel_formats_are_at_least_as_good(rule: str) -> None:
+    def uneven() -> nn.Module:
+        return depthwise_net(nn.ReLU)
+
+    def mean_error(granularity: str) -> float:
+        errors = []
+        for seed in range(3):
+            float_net = randomise(uneven(), seed)
+            with torch.no_grad():
+                for module in float_net.modules():
+                    if isinstance(module, nn.BatchNorm2d):
+                        module.weight.mul_(torch.exp2(torch.arange(float(module.num_features)) % 4 - 2))
+            net = calibrated(prepared(float_net), 24, format=rule, granularity=granularity, equalize=False, compensate=False)
+            errors.append(error(net, float_net))
+        return float(np.mean(errors))
+
+    assert mean_error("channel") < mean_error("tensor")
+
+
+def test_bias_correction_leaves_no_mean_error() -> None:
+    float_net = randomise(residual_net())
+    plan = prepared(float_net)
+    images = torch.from_numpy(bytes_of(24, seed=1))
+    net, _ = calibrate(plan, images, QuantConfig(), lambda *_: None)
+    first = plan.weighted()[0]
+    with torch.no_grad():
+        drift = channel_means(net.run_step(first, [plan.encode(images)])) - channel_means(_float_output(first, plan.encode(images)))
+        step = 2.0 ** -net.layer(first.name).bias_frac
+    assert float((drift.abs() / step).max()) <= 0.51  # of the grid that biases lie on
+    weights = net.layer(first.name).rounded_weight().detach()
+    assert not torch.equal(weights, first.weight)
+
+
+def _float_output(step: Any, x: Tensor) -> Tensor:
+    top, left, bottom, right = step.padding
+    return nn.functional.conv2d(nn.functional.pad(x, (left, right, top, bottom)), step.weight, step.bias, step.stride)
+
+
+def test_patches_are_what_the_weights_multiply() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 2, 3, 2, generator=generator, dtype=torch.float64)
+    step = ConvStep("c", ("image",), (6, 3, 4), weight=weight, stride=(2, 1), padding=(1, 0, 0, 2), dilation=(1, 3), groups=3)
+    x = torch.randn(2, 6, 6, 5, generator=generator, dtype=torch.float64)
+    wanted = nn.functional.conv2d(nn.functional.pad(x, (0, 2, 1, 0)), weight, None, (2, 1), 0, (1, 3), 3)
+    assert tuple(wanted.shape[1:]) == step.shape
+    columns = layer_inputs(step, x, torch.Generator().manual_seed(4))
+    found = (weight.reshape(3, 2, -1) @ columns).reshape(6, 2, 12)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(found, wanted.transpose(0, 1).flatten(2)[:, :, order])
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_compensated_weights_are_on_the_grid_and_closer(groups: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(groups, 20, 20, generator=generator)
+    inputs = centred(mixing @ torch.randn(groups, 20, 400, generator=generator))
+    weight = torch.randn(groups * 4, 20, generator=generator)
+    scale = torch.exp2(torch.arange(float(groups * 4)) % 3 + 1)
+    rounded = compensate_rounding(weight, scale, inputs, 127)
+    codes = rounded * scale[:, None]
+    assert torch.equal(codes, codes.round())
+    plain = (weight * scale[:, None]).round() / scale[:, None]
+
+    def output_error(candidate: Tensor) -> float:
+        return float(((candidate - weight).reshape(groups, 4, 20) @ inputs).square().mean())
+
+    assert output_error(rounded) < 0.6 * output_error(plain)
+    assert float(compensate_rounding(weight * 1000, scale, inputs, 127).abs().mul(scale[:, None]).max()) == 127
+
+
+def test_compensation_without_correlation_is_plain_rounding() -> None:
+    weight = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    rounded = compensate_rounding(weight, torch.tensor(8.0), torch.zeros(1, 10, 5), 127)
+    assert torch.equal(rounded, (weight * 8).round() / 8)
+
+
+def test_refit_undoes_what_the_inputs_lost() -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = centred(torch.randn(1, 6, 500, generator=generator))
+    weight = torch.randn(3, 6, generator=generator)
+    refitted = refit(weight, 0.8 * exact, exact)
+    torch.testing.assert_close(refitted, weight * (1 + 0.25 / 1.1), rtol=0.05, atol=0.02)  # a ridge of a tenth holds it back
+    torch.testing.assert_close(refit(weight, exact, exact), weight)
+
+
+# --- degenerate networks and images ----------------------------------------------------------------------------------
+
+
+def assert_lowers(net: FixedPointNet, size: int = SIZE) -> None:
+    enforce_bounds(net)
+    images = bytes_of(3, size)
+    expected, found = Interpreter(lower(net)).layers(images), TrainingGraph(net).layers(images)
+    for name, codes in expected.items():
+        np.testing.assert_array_equal(codes, found[name], err_msg=name)
+
+
+@pytest.mark.parametrize("rule", ["std", "grid", "minmax"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("case", ["zero weights", "zero layer", "constant weights", "constant channel", "dead relu"])
+def test_degenerate_layers(case: str, rule: str, granularity: str) -> None:
+    float_net = randomise(residual_net())
+    conv, norm = float_net[2].right[0][0], float_net[2].right[0][1]  # type: ignore[index]
+    with torch.no_grad():
+        if case in ("zero weights", "zero layer"):
+            conv.weight.zero_()
+        if case == "zero layer":
+            norm.bias.zero_()
+            norm.running_mean.zero_()
+        if case == "constant weights":
+            conv.weight.fill_(0.03)
+        if case == "constant channel":
+            conv.weight[2].zero_()
+            conv.weight[3].fill_(0.01)
+        if case == "dead relu":
+            norm.bias.fill_(-100.0)
+    net = calibrated(prepared(float_net), 16, format=rule, granularity=granularity)
+    assert error(net, float_net) < 0.35
+    assert_lowers(net)
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+def test_one_calibration_image(compensate: bool) -> None:
+    float_net = randomise(depthwise_net())
+    net = calibrated(prepared(float_net), 1, compensate=compensate)
+    assert error(net, float_net) < 0.6
+    assert_lowers(net)
+
+
+def test_uniform_images() -> None:
+    plan = prepared(randomise(residual_net()))
+    net, _ = calibrate(plan, torch.full((4, 3, SIZE, SIZE), 128, dtype=torch.uint8), QuantConfig(), lambda *_: None)
+    assert_lowers(net)
+
+
+def test_standalone_batch_norm_with_equal_channels_keeps_its_weights() -> None:
+    """Their deviation is rounding noise, which must not choose the format."""
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.ReLU(), *head(8))
+    fixed = calibrated(prepared(randomise(nn.Sequential(*net[1:])) and net.eval()), 16)
+    weight = fixed.layer("0").rounded_weight()
+    torch.testing.assert_close(weight.flatten(), torch.full((3,), 128 / 127.5 / math.sqrt(1 + 1e-5)), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["std", "minmax"])
+@pytest.mark.parametrize("value", [0.3, -2.0, 1e-12, 127 / 8])
+def test_equal_weights_do_not_saturate(rule: Any, value: float) -> None:
+    cases: list[NDArray[np.float64]] = [np.full(9, value), np.full(1, value), value * (1 + 1e-9 * np.arange(9, dtype=np.float64))]
+    for weights in cases:
+        frac = propose_weight(weights, weight_format(0), rule)
+        assert abs(value) * 2.0**frac <= 127 * (1 + 1e-6)
+        assert abs(value) * 2.0**frac > 30
+    assert propose_weight(np.zeros(9), weight_format(0), rule) == EMPTY_FRAC
+
+
+def test_clipped_sums_do_not_saturate() -> None:
+    """A residual sum of ReLU6 outputs exceeds 6; the clip is its operands' alone."""
+    blocks = [Sum(nn.Identity(), nn.Sequential(conv_bn(8, 8, act=nn.ReLU6))) for _ in range(3)]
+    float_net = randomise(nn.Sequential(conv_bn(3, 8, act=nn.ReLU6), *blocks, *head(8)))
+    for rule in ("std", "minmax"):
+        net = calibrated(prepared(float_net), 24, format=rule)
+        assert error(net, float_net) < 0.1
+        assert_lowers(net)
+
+
+def test_statistics_by_hand() -> None:
+    x = torch.tensor([[[[-1.0, 2.0], [3.0, 8.0]], [[0.0, 1.0], [-5.0, 0.5]]]])
+    both = TensorStatistics(relu=True, clip=6.0)
+    both.update(x, keep=100)
+    both.update(-x, keep=100)
+    assert both.sigma == pytest.approx(float(torch.cat([x, -x]).std(correction=0)))
+    assert both.rms == pytest.approx(float(x.square().mean().sqrt()))
+    assert both.peak.tolist() == [8.0, 5.0]
+    assert both.clip_active.tolist() == [True, False]
+    assert sorted(both.sample().tolist()) == sorted(torch.cat([x, -x]).clamp(max=6).flatten().tolist())
+
+
+def test_statistics_do_not_depend_on_the_batch() -> None:
+    plan = prepared(randomise(depthwise_net()))
+    images = torch.from_numpy(bytes_of(7))
+    whole, parts = collect(plan, images, 32), collect(plan, images, 2)
+    for name in whole:
+        assert whole[name].sigma == pytest.approx(parts[name].sigma, rel=1e-5)
+        torch.testing.assert_close(whole[name].peak, parts[name].peak)
+    assert run_float(plan, images).shape == (7, 5)
+
+
+def test_scores_that_are_not_finite_are_refused() -> None:
+    float_net = randomise(residual_net())
+    with torch.no_grad():
+        float_net[0][0].weight.fill_(3e38)  # type: ignore[index]
+    with pytest.raises(UnsupportedError, match=r"layer '0\.0'"):
+        calibrated(prepared(float_net))
+
+
+@pytest.mark.parametrize("layer", ["conv", "linear", "norm"])
+def test_weights_that_are_not_numbers_are_refused_by_name(layer: str) -> None:
+    float_net = randomise(residual_net())
+    with torch.no_grad():
+        {"conv": float_net[2].right[0][0], "linear": float_net[7], "norm": float_net[2].right[0][1]}[layer].weight[0] = math.nan  # type: ignore[index]
+    with pytest.raises(UnsupportedError, match="layer '7'" if layer == "linear" else r"layer '2\.right\.0\.0'"):
+        prepare_plan(float_net, (3, SIZE, SIZE), HALF, HALF, "u8")
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+def test_progress_advances_once_for_each_step(compensate: bool) -> None:
+    calls: list[tuple[Any, ...]] = []
+    plan = prepared(randomise(depthwise_net()))
+    calibrate(plan, torch.from_numpy(bytes_of(2)), QuantConfig(compensate=compensate), lambda *a: calls.append(a))
+    assert len(calls) == len(plan.steps)
+
+
+def test_spread_of_weights_is_the_deviation_where_they_are_centred() -> None:
+    weights = np.random.default_rng(0).normal(0, 0.1, 1000)
+    assert weight_spread(weights) == float(weights.std())
