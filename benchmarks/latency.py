@@ -83,7 +83,8 @@ def measure(subject: Subject, *, n_rounds: int, n_calls: int, threads: int, fold
     quantized_peer(files[FLOAT], files[PEER], inputs)
     calls = {name: _call(file, subject.images[:BATCH] if name == OURS else inputs[:BATCH], threads) for name, file in files.items()}
     return {
-        "net": subject.label, "origin": subject.origin, "normalises": IMAGE_NORM in subject.graph.tensors, "verified_images": n_verified, "float_peer_difference": difference,
+        "net": subject.label, "origin": subject.origin, "normalises": IMAGE_NORM in subject.graph.tensors,
+        "verified_images": n_verified, "float_peer_difference": difference,
         "rounds_ms": time_rounds(calls, n_rounds, n_calls), "file_bytes": {name: file.stat().st_size for name, file in files.items()},
     }  # fmt: skip
 

@@ -165,7 +165,8 @@ def _write(
         },
         documents={
             "graph.json": quantized.graph.to_json(), "formats.json": quantized.formats.to_json(), "report.json": report.to_json(),
-            "training.json": {"stages": records, "qat": quantized.record, "notes": list(dataset.notes)},
+            "training.json": {"stages": records, "qat": quantized.record, "notes": list(dataset.notes),
+                              "images": {"train": len(dataset.train), "val": len(dataset.val)}},
         },
     )  # fmt: skip
 

@@ -144,9 +144,9 @@ class _Fit:
         """Note an epoch; keep its weights if they are the best so far."""
         row = row | {"val_accuracy": correct / len(self._val), "val_correct": correct}
         self._history.append(row)
-        # On ties: training beats the start, then the smaller rate, then the later epoch.
+        # On ties: the start (rate 0), which distorts nothing; then the smaller rate, then the later epoch.
         best = self._best
-        tie_won = best is not None and correct == best["val_correct"] and (best["epoch"] == 0 or row["lr"] <= best["lr"])
+        tie_won = best is not None and correct == best["val_correct"] and row["lr"] <= best["lr"]
         if best is None or correct > best["val_correct"] or tie_won:
             self._best = row
             self._best_state = copy_of(state_of(self._model))

@@ -16,7 +16,7 @@ class Stage:
     `solver` "lbfgs" is a linear probe of the frozen features: it reads `penalties` and `max_iter` only. "sgd" trains every
     parameter that requires a gradient for `epochs` at each of `learning_rates`, cosine to 0 by epoch. `batch_norm` "frozen" keeps
     the whole net in eval mode (statistics do not move, dropout is off, scale and shift are trained), "train" puts it in training
-    mode. With `keep_start` the untrained start competes with the trained epochs. `name` also names the stage's checkpoints.
+    mode. With `keep_start` the untrained start competes with the trained epochs and wins ties. `name` also names the stage's checkpoints.
     Raises ConfigError for values that cannot be trained with.
     """
 
