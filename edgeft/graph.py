@@ -148,9 +148,8 @@ class IntegerGraph:
         return self.tensors[name].format
 
     def _check(self, op: Op) -> None:
-        if isinstance(op, MaxPool | Flatten):
-            if self.format(op.input) != self.format(op.output):
-                raise ArtifactError(f"graph: '{op.output}' must keep the format of '{op.input}'")
+        if isinstance(op, MaxPool | Flatten) and self.format(op.input) != self.format(op.output):
+            raise ArtifactError(f"graph: '{op.output}' must keep the format of '{op.input}'")
         if isinstance(op, Conv | Linear):
             weight, bias = self.constants[op.weight], self.constants[op.bias]
             if weight.dtype != np.int8 or bias.dtype != np.int32 or int(weight.min(initial=0)) < -127:

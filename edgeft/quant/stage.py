@@ -62,9 +62,8 @@ def quantize(classifier: Classifier, dataset: Dataset, context: TrainContext, co
             "val_accuracy": result.val_accuracy,
             "history": result.history,
         }
-        context.say(
-            f"qat: validation {result.val_accuracy:.1%} at epoch {result.epoch} of {config.quant.epochs}, learning rate {result.lr:g}"
-        )
+        kept = f"epoch {result.epoch} of {config.quant.epochs}" if result.epoch else "the calibrated weights, which no epoch beat"
+        context.say(f"qat: validation {result.val_accuracy:.1%}; kept {kept}")
     for name in enforce_bounds(net):
         context.say(f"layer '{name}': weight format coarsened to keep its accumulator exact in float32 runtimes")
     graph = lower(net)
