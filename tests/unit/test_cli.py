@@ -207,9 +207,9 @@ def test_what_cannot_be_done_exits_with_2(
         (VerificationError("layer 'conv1' differs"), 1, "error: layer 'conv1' differs\n"),
         (UnsupportedError("layer 'x' is a GELU", "edgeft list backbones"), 2, "error: layer 'x' is a GELU\n  edgeft list backbones\n"),
         (
-            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/work/a"),
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/part/a"),
             2,
-            "error: no space left on the device ('runs/x/work/a')\n"
+            "error: no space left on the device ('runs/x/part/a')\n"
             "  free some space, then repeat the command (train-quantize: with --resume)\n",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "f"), 2, "error: Permission denied ('f')\n  edgeft --debug ... shows where\n"),
