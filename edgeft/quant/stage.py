@@ -10,6 +10,7 @@ from edgeft.config import Config
 from edgeft.context import TrainContext
 from edgeft.data import Dataset
 from edgeft.data.loading import subset
+from edgeft.errors import UnsupportedError
 from edgeft.graph import IntegerGraph
 from edgeft.methods import Stage
 from edgeft.models import Classifier
@@ -18,7 +19,7 @@ from edgeft.quant.control import FormatControl
 from edgeft.quant.formats import FormatTable
 from edgeft.quant.lower import enforce_bounds, format_table, lower
 from edgeft.quant.net import FixedPointNet
-from edgeft.quant.plan import Plan
+from edgeft.quant.plan import Plan, run_float
 from edgeft.quant.rescale import prepare_plan
 from edgeft.train import fit
 
@@ -38,10 +39,27 @@ class Quantized:
     record: dict[str, Any]
 
 
+PLAN_TOLERANCE = 0.02
+"""Largest difference between plan and network, as a share of the largest logit. Half a grey level at zero padding costs about 0.001."""
+
+
+@torch.no_grad()
 def plan_of(classifier: Classifier, profile: str) -> Plan:
-    """The float network as a plan of fixed-point steps. Raises UnsupportedError naming the layer that has no fixed-point form."""
+    """The float network as a plan of fixed-point steps, compared with the network on one random image.
+
+    Raises UnsupportedError naming the layer that has no fixed-point form, or saying that tracing missed something.
+    """
     p = classifier.preprocessing
-    return prepare_plan(classifier.net, (3, p.size, p.size), p.mean, p.std, profile)
+    plan = prepare_plan(classifier.net, (3, p.size, p.size), p.mean, p.std, profile)
+    image = torch.randint(0, 256, (1, 3, p.size, p.size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    wanted = classifier(image.to(classifier.mean.device)).cpu()
+    difference = float((run_float(plan, image) - wanted).abs().max())
+    if not difference <= PLAN_TOLERANCE * float(wanted.abs().max()):
+        raise UnsupportedError(
+            f"the traced backbone differs from '{type(classifier.net).__name__}' by {difference:.3g} in a logit: tracing misses something",
+            "see 'edgeft list backbones' for networks that are known to lower",
+        )
+    return plan
 
 
 def quantize(classifier: Classifier, dataset: Dataset, context: TrainContext, config: Config, rate: float | None) -> Quantized:
