@@ -45,18 +45,15 @@ def shapes_methods(
 
 @app.command("runs")
 def runs(
-    named: Annotated[list[str], typer.Argument(metavar="METHOD=RUN...", help="finished runs and their names in the table")],
+    named: Annotated[list[str], typer.Argument(metavar="METHOD[:MODEL]=RUN...", help="finished runs and their names in the table")],
     name: Annotated[str, typer.Option(help="name of the result, e.g. pacs")],
     title: Annotated[str, typer.Option(help="title of the table")],
-    train_images: Annotated[int | None, typer.Option(min=1, help="number of training images, to be stated")] = None,
-    val_images: Annotated[int | None, typer.Option(min=1, help="number of validation images, to be stated")] = None,
     out: Out = RESULTS,
 ) -> None:
     """Tabulate finished runs with their exports: accuracy of the float, the fixed-point and the exported models."""
     from benchmarks.runs import parse, run
 
-    sizes = {what: n for what, n in (("training", train_images), ("validation", val_images)) if n is not None}
-    _done(run(name, title, [parse(text) for text in named], out, sizes=sizes))
+    _done(run(name, title, [parse(text) for text in named], out))
 
 
 @app.command("train-throughput")

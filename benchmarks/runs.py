@@ -24,7 +24,11 @@ class Finished:
 
     @classmethod
     def read(cls, name: str, path: Path) -> "Finished":
-        """Open a run and what is in its export folder. Raises ArtifactError when one is damaged, or exported from another run."""
+        """Open a run and what is in its export folder; a name "LP:float" keeps the float model only.
+
+        Raises ArtifactError when one is damaged, or exported from another run, ConfigError for a model that the run does not have.
+        """
+        name, _, only = name.partition(":")
         artifact = Artifact.load(path)
         report, exports = artifact.report(), {}
         for folder in sorted(entry for entry in (path / "export").glob("*") if is_finished(entry)):
@@ -36,7 +40,11 @@ class Finished:
             exports[folder.name] = exported
             for result in exported.report().models:
                 report = report if report.model(result.model) else report.with_model(result)
-        return cls(name, artifact, exports, report)
+        if only and report.model(only) is None:
+            known = ", ".join(f"'{result.model}'" for result in report.models)
+            raise ConfigError(f"run '{name}' has no model '{only}'", f"it has: {known}")
+        kept = tuple(result for result in report.models if only in ("", result.model))
+        return cls(name, artifact, {} if only else exports, EvalReport(kept))
 
     @property
     def config(self) -> Config:
@@ -50,10 +58,10 @@ class Finished:
 
 
 def parse(text: str) -> tuple[str, Path]:
-    """'NAME=DIR' to its parts. Raises ConfigError when one is missing."""
+    """'NAME=DIR' or 'NAME:MODEL=DIR' to its two parts. Raises ConfigError when one is missing."""
     name, equals, path = text.partition("=")
     if not (name and equals and path):
-        raise ConfigError(f"'{text}' is not of the form NAME=DIR", "example: LP-FT=runs/photos-lpft-0")
+        raise ConfigError(f"'{text}' is not of the form NAME=DIR or NAME:MODEL=DIR", "example: LP:float=runs/lp LP-FT=runs/lpft")
     return name, Path(path)
 
 
@@ -102,21 +110,20 @@ def check_comparable(runs: Sequence[Finished]) -> None:
             raise ConfigError(f"runs '{first.name}' and '{run.name}' cannot stand in one table: they differ in {', '.join(different)}")
 
 
-def run(name: str, title: str, named: Sequence[tuple[str, Path]], out: Path, *, sizes: dict[str, int] | None = None) -> Path:
+def run(name: str, title: str, named: Sequence[tuple[str, Path]], out: Path) -> Path:
     """Write the table of the named runs as suite `name`.
 
-    `sizes` are the numbers of training and validation images, which runs do not store. Raises ArtifactError for a
-    run that is missing or damaged, ConfigError for runs that cannot be compared.
+    Raises ArtifactError for a run that is missing or damaged, ConfigError for runs that cannot be compared.
     """
     if not named:
         raise ConfigError("no run was given", "example: LP=runs/photos-lp-0 LP-FT=runs/photos-lpft-0")
     runs = [Finished.read(*pair) for pair in named]
     check_comparable(runs)
     first = runs[0]
-    n = (sizes or {}) | dict(first.splits)
+    sizes = runs[-1].artifact.document("training.json")["images"]
     return write(
         out, Machine.look(1), suite=name, title=title, columns=columns_of(first.splits), rows=rows_of(runs),
-        notes=_notes(runs, sizes or {}), options={"runs": {run.name: run.artifact.manifest.config for run in runs}}, n=n,
+        notes=_notes(runs, sizes), options={"runs": {run.name: run.artifact.manifest.config for run in runs}}, n=sizes | dict(first.splits),
         versions=first.artifact.manifest.versions,
         measurements=[
             {
@@ -130,20 +137,25 @@ def run(name: str, title: str, named: Sequence[tuple[str, Path]], out: Path, *, 
 
 def _notes(runs: Sequence[Finished], sizes: dict[str, int]) -> list[str]:
     config, p = runs[0].config, runs[0].artifact.manifest.preprocessing
-    quant = config.quant
     counts = "".join(f", {n} {what} images" for what, n in sizes.items())
     digests = "; ".join(", ".join([f"{run.name} {run.artifact.digest[:12]}", *_exports(run)]) for run in runs)
     notes = [
         "Top-1 in percent with its 95 % Wilson interval; flips are test images whose class differs from the float model's.",
         f"Backbone {config.model.backbone} at {p['size']} px{counts}, seed {config.seed}; {config.train.epochs} epochs per learning rate; "
         "learning rate, penalty and epoch are selected on the ID validation split.",
-        f"Fixed point: profile {quant.profile}, formats {quant.format} per {quant.granularity}, {quant.epochs} epochs of QAT.",
+        *(f"{run.name} in fixed point: {_recipe(run)}." for run in runs if len(run.report.models) > 1),
         f"Digests: {digests}.",
     ]
     compared = [f"{run.name}: {n}" for run in runs for n in _compared(run)]
     if compared:
         notes.append(f"Exported models have 0 differing codes in any layer; test images compared: {', '.join(compared)}.")
     return notes
+
+
+def _recipe(run: Finished) -> str:
+    quant = run.config.quant
+    kept = run.artifact.document("training.json")["qat"].get("epoch", 0)
+    return f"profile {quant.profile}, formats {quant.format} per {quant.granularity}, {quant.epochs} epochs of QAT, epoch {kept} kept"
 
 
 def _exports(run: Finished) -> list[str]:

@@ -282,7 +282,9 @@ def report(*models: str, n: int = 200) -> EvalReport:
 def make_run(path: Path, method: str, *, exported: bool = False, n: int = 200, seed: int = 0) -> Path:
     config = build_config(flags={"train.method": method, "seed": seed}).model_dump(mode="json")
     common: dict[str, Any] = {"config": config, "seed": seed, "preprocessing": PREPROCESSING.to_json(), "classes": ("a", "b"), "arrays": {}}
-    run = write_artifact(path, kind="quantized", documents={"report.json": report("float", "fixed point", n=n).to_json()}, **common)
+    training = {"images": {"train": 900, "val": 100}, "qat": {"epoch": 2}}
+    documents = {"report.json": report("float", "fixed point", n=n).to_json(), "training.json": training}
+    run = write_artifact(path, kind="quantized", documents=documents, **common)
     if exported:
         tree = report("float", "fixed point", "onnx", n=n).to_json()
         documents = {"report.json": tree, "export.json": {"target": "onnx", "compared_images": 256}}
@@ -292,20 +294,25 @@ def make_run(path: Path, method: str, *, exported: bool = False, n: int = 200, s
 
 def test_runs(tmp_path: Path) -> None:
     lp, lpft = make_run(tmp_path / "lp", "lp"), make_run(tmp_path / "lpft", "lpft", exported=True)
-    out, arguments = tmp_path / "out", ["--name", "pacs", "--title", "PACS", "--train-images", "900", f"LP={lp}", f"LP-FT={lpft}"]
+    out, arguments = tmp_path / "out", ["--name", "pacs", "--title", "PACS", f"LP:float={lp}", f"LP-FT={lpft}"]
     assert main(["runs", "--out", str(out), *arguments]) == 0
     result, tree = read(next(out.iterdir()))
     assert (result.suite, result.title) == ("pacs", "PACS")
     assert result.columns == ("method", "model", "id (n=200)", "ood:sketch (n=200)", "mean OOD", "flips %")
     cells = ("95.0 [91.0, 97.3]", "40.0 [33.5, 46.9]", "40.0")
     assert result.rows == (
-        ("LP", "float", *cells, "-"), ("LP", "fixed point", *cells, "2.0"),
+        ("LP", "float", *cells, "-"),
         ("LP-FT", "float", *cells, "-"), ("LP-FT", "fixed point", *cells, "2.0"), ("LP-FT", "onnx", *cells, "2.0"),
     )  # fmt: skip
-    assert tree["n"] == {"training": 900, "id": 200, "ood:sketch": 200}
+    assert tree["n"] == {"train": 900, "val": 100, "id": 200, "ood:sketch": 200}
     assert len(tree["measurements"][1]["exports"]["onnx"]) == 64
     assert "Exported models have 0 differing codes in any layer; test images compared: LP-FT: 256." in result.notes
-    assert any("edgeft_micro at 16 px, 900 training images, seed 0" in note for note in result.notes)
+    assert any("edgeft_micro at 16 px, 900 train images, 100 val images, seed 0" in note for note in result.notes)
+
+
+def test_a_model_that_a_run_does_not_have(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run 'A' has no model 'trt'"):
+        runs.run("x", "X", [("A:trt", make_run(tmp_path / "a", "lp"))], tmp_path / "out")
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
