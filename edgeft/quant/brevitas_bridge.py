@@ -116,6 +116,11 @@ class ActivationQuant(qnn.QuantIdentity):  # type: ignore[misc]
         self.act_quant.skip_create_quant_tensor = True
         self.signed = signed
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Values on the grid. Brevitas' own forward renames the input's dimensions first, which warns before PyTorch 2.13."""
+        out: Tensor = self.act_quant(x)
+        return out
+
     @property
     def body(self) -> FixedPointQuant:
         """The quantizer body that holds `frac`."""
