@@ -38,7 +38,7 @@ def integers(net: FixedPointNet, step: Weighted) -> tuple[NDArray[np.int8], NDAr
         raise UnsupportedError(
             f"layer '{step.name}': its bias does not fit 32 bits at fraction {int(net.layer(step.name).bias_frac.max())}"
         )
-    return weight.cpu().numpy().astype(np.int8), bias.cpu().numpy().astype(np.int32)
+    return weight.round().cpu().numpy().astype(np.int8), bias.round().cpu().numpy().astype(np.int32)
 
 
 @torch.no_grad()

@@ -99,7 +99,9 @@ def test_help_lists_the_suites(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_mistakes_have_a_hint_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "nothing", "--name", "x", "--title", "X"]) == 2
-    assert capsys.readouterr().err == "error: 'nothing' is not of the form NAME=DIR\n  example: LP-FT=runs/photos-lpft-0\n"
+    assert capsys.readouterr().err == (
+        "error: 'nothing' is not of the form NAME=DIR or NAME:MODEL=DIR\n  example: LP:float=runs/lp LP-FT=runs/lpft\n"
+    )
     assert main(["shapes-methods", "--seeds", "1,b"]) == 2
 
 
