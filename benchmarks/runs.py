@@ -1,8 +1,10 @@
 """Suite runs: tabulate finished runs and their exports; nothing is measured again."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.record import Machine, write
 from edgeft.artifact import Artifact, is_finished
@@ -121,9 +123,10 @@ def run(name: str, title: str, named: Sequence[tuple[str, Path]], out: Path) -> 
     check_comparable(runs)
     first = runs[0]
     sizes = runs[-1].artifact.document("training.json")["images"]
+    options = {"runs": {run.name: _portable(run.artifact.manifest.config) for run in runs}}
     return write(
         out, Machine.look(1), suite=name, title=title, columns=columns_of(first.splits), rows=rows_of(runs),
-        notes=_notes(runs, sizes), options={"runs": {run.name: run.artifact.manifest.config for run in runs}}, n=sizes | dict(first.splits),
+        notes=_notes(runs, sizes), options=options, n=sizes | dict(first.splits),
         versions=first.artifact.manifest.versions,
         measurements=[
             {
@@ -133,6 +136,16 @@ def run(name: str, title: str, named: Sequence[tuple[str, Path]], out: Path) -> 
             for run in runs
         ],
     )  # fmt: skip
+
+
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration with the last part of every path: where the files lay says nothing about the result."""
+    tree: dict[str, Any] = copy.deepcopy(config)
+    tree["out"] = None
+    data, model = tree["data"], tree["model"]
+    data["source"], data["ood"] = Path(data["source"]).name, ["=".join((*text.split("=")[:-1], Path(text).name)) for text in data["ood"]]
+    model["weights"] = model["weights"] and Path(model["weights"]).name
+    return tree
 
 
 def _notes(runs: Sequence[Finished], sizes: dict[str, int]) -> list[str]:

@@ -312,6 +312,17 @@ def test_runs(tmp_path: Path) -> None:
     assert any("edgeft_micro at 16 px, 900 train images, 100 val images, seed 0" in note for note in result.notes)
 
 
+def test_results_of_runs_carry_no_paths(tmp_path: Path) -> None:
+    flags = {
+        "data.source": "/far/away/photos",
+        "data.ood": ["night=/far/away/dark", "/far/away/dusk"],
+        "model.weights": "/far/w.safetensors",
+    }
+    tree = runs._portable(build_config(flags=flags | {"out": "/far/run"}).model_dump(mode="json"))
+    assert "far" not in json.dumps(tree)
+    assert (tree["data"]["source"], tree["data"]["ood"], tree["model"]["weights"]) == ("photos", ["night=dark", "dusk"], "w.safetensors")
+
+
 def test_a_model_that_a_run_does_not_have(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run 'A' has no model 'trt'"):
         runs.run("x", "X", [("A:trt", make_run(tmp_path / "a", "lp"))], tmp_path / "out")
