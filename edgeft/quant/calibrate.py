@@ -16,6 +16,9 @@ from edgeft.quant.statistics import TensorStatistics, collect, propose, propose_
 
 Advance = Callable[..., None]
 
+WIDEST = 8192
+"""Weights per output up to which rounding errors are compensated."""
+
 
 @torch.no_grad()
 def calibrate(plan: Plan, images: Tensor, config: QuantConfig, advance: Advance) -> tuple[FixedPointNet, dict[str, float]]:
@@ -71,11 +74,22 @@ def _compensate(net: FixedPointNet, images: Tensor, advance: Advance) -> None:
         for name in set(step.inputs):
             if last_use[name] == index:
                 del exact[name], rounded[name]
-        advance()
+        if isinstance(step, ConvStep | LinearStep) and not compensable(step):
+            advance(note=f"{step.name} is too wide to compensate: plain rounding, corrected bias")
+        else:
+            advance()
+
+
+def compensable(step: Weighted) -> bool:
+    """Whether a layer is narrow enough for error compensation, whose cost is cubic in the weights per output."""
+    return step.weight[0].numel() <= WIDEST
 
 
 def _repair(net: FixedPointNet, step: Weighted, x: Tensor, exact: Tensor, wanted: Tensor, *, seed: int) -> None:
     layer = net.layer(step.name)
+    if not compensable(step):
+        _correct_bias(net, step, x, wanted)
+        return
     scale = torch.exp2(layer.body.frac).flatten()
     columns = centred(layer_inputs(step, x, torch.Generator().manual_seed(seed)))
     try:
@@ -87,5 +101,10 @@ def _repair(net: FixedPointNet, step: Weighted, x: Tensor, exact: Tensor, wanted
             "use more images: --set quant.calibration_images=256, or --set quant.compensate=false",
         ) from error
     layer.weight.data.copy_(weight)
+    _correct_bias(net, step, x, wanted)
+
+
+def _correct_bias(net: FixedPointNet, step: Weighted, x: Tensor, wanted: Tensor) -> None:
+    layer = net.layer(step.name)
     drift = channel_means(wanted) - channel_means(net.run_step(step, [x]))
     layer.bias.data.copy_(layer.rounded_bias() + drift.to(layer.bias.dtype))  # the drift was measured with the rounded bias

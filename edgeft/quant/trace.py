@@ -116,7 +116,11 @@ class _Builder:
         return self.image_shape if name == IMAGE else self.steps[name].shape
 
     def _unsupported(self, node: fx.Node, why: str = "has no fixed-point form") -> UnsupportedError:
-        kind = type(self.modules[str(node.target)]).__name__ if node.op == "call_module" else f"operation {node.target!s}"
+        kind = (
+            type(self.modules[str(node.target)]).__name__
+            if node.op == "call_module"
+            else f"operation {getattr(node.target, '__name__', node.target)}"
+        )
         return UnsupportedError(f"layer '{self._name(node)}' ({kind}) {why}", _HINT)
 
     def _add_step(self, step: Step) -> str:

@@ -271,3 +271,15 @@ def test_progress_advances_once_for_each_step(compensate: bool) -> None:
 def test_spread_of_weights_is_the_deviation_where_they_are_centred() -> None:
     weights = np.random.default_rng(0).normal(0, 0.1, 1000)
     assert weight_spread(weights) == float(weights.std())
+
+
+def test_layers_too_wide_to_compensate_are_rounded_plainly_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeft.quant.calibrate.WIDEST", 0)
+    plan = prepared(randomise(residual_net(), 1))
+    notes: list[str] = []
+    net, _ = calibrate(plan, torch.from_numpy(bytes_of(16)), QuantConfig(), lambda n=1, note="": notes.append(note))
+    for step in plan.weighted():
+        grid = torch.exp2(net.layer(step.name).body.frac)
+        codes = (step.weight * grid).round().clamp(-127, 127)
+        assert torch.equal(net.layer(step.name).rounded_weight() * grid, codes)
+    assert sum("too wide to compensate" in note for note in notes) == len(plan.weighted())
