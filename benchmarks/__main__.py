@@ -56,6 +56,63 @@ def runs(
     _done(run(name, title, [parse(text) for text in named], out))
 
 
+@app.command("ptq")
+def ptq(
+    named: Annotated[list[str], typer.Argument(metavar="NET=FILE...", help="nets and their weights as NumPy archives")],
+    calibration: Annotated[Path, typer.Option(help="image pack: three fifths to draw calibration images from, the rest is scored")],
+    scored: Annotated[list[Path] | None, typer.Option(help="another image pack that is scored; may be repeated")] = None,
+    variants: Annotated[
+        list[str] | None, typer.Option("--variant", help="part of a variant's name, e.g. 'u8 per channel'; default: all")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="times that calibration images are drawn")] = 3,
+    n_scored: Annotated[int | None, typer.Option(min=1, help="scored images of each pack; default: all")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="keys of the section quant")] = None,
+    records: Annotated[Path | None, typer.Option(help="folder that keeps each measurement, to go on later")] = None,
+    threads: Threads = 1,
+    out: Out = RESULTS,
+) -> None:
+    """Accuracy of pretrained ImageNet nets by calibration alone, beside ONNX Runtime's static quantization."""
+    _limit(threads)
+    from benchmarks.ptq import VARIANTS, run
+    from benchmarks.runs import parse
+    from edgeft.config import build_config
+
+    quant = build_config(sets=["quant.format=grid", *(set_ or [])]).quant
+    chosen = [v for v in VARIANTS if not variants or any(part in f"{v.label} per {v.granularity}" for part in variants)]
+    nets = [parse(text)[:2] for text in named]
+    _done(run(nets, out, calibration=calibration, scored=scored or [], quant=quant, draws=range(draws), variants=chosen,
+              n_scored=n_scored, records=records, progress=Progress()))  # fmt: skip
+
+
+@app.command("qat")
+def qat(
+    named: Annotated[list[str], typer.Argument(metavar="NAME=RUN...", help="finished runs and their names in the table")],
+    variants: Annotated[
+        list[str] | None, typer.Option("--variant", help="part of a variant's name, e.g. 'per channel'; default: all")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any key of the runs' configuration")] = None,
+    records: Annotated[Path | None, typer.Option(help="folder that keeps each variant's predictions, to go on later")] = None,
+    threads: Threads = 1,
+    out: Out = RESULTS,
+) -> None:
+    """Accuracy after short quantized training, in and out of distribution, against float and against stock int8 training."""
+    _limit(threads)
+    from benchmarks.qat import VARIANTS, run
+    from benchmarks.runs import parse
+
+    chosen = [variant for variant in VARIANTS if not variants or any(part in variant.name for part in variants)]
+    _done(run([parse(text) for text in named], out, sets=set_ or [], variants=chosen, records=records, progress=Progress()))
+
+
+@app.command("edgeft", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def edgeft(context: typer.Context) -> None:
+    """The product's own command line with the suites' extra backbones: python -m benchmarks edgeft train-quantize --backbone ..."""
+    import benchmarks.resnet20  # noqa: F401 - registers its backbone
+    from edgeft.cli import main as product
+
+    raise typer.Exit(product(context.args))
+
+
 @app.command("train-throughput")
 def train_throughput(
     backbone: Backbone = None,
@@ -72,6 +129,23 @@ def train_throughput(
     from benchmarks.throughput import run
 
     _done(run(chosen(backbone, size, batch), out, n_rounds=rounds, n_steps=steps, threads=threads, progress=Progress()))
+
+
+@app.command("qat-step")
+def qat_step(
+    backbone: Annotated[str | None, typer.Option(help="timm name; default: mobilenetv2_100 and resnet18, each at 64 and 128 px")] = None,
+    size: Size = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="images per step, with --backbone; default: 32")] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=250, help="interleaved rounds of one step of each variant")] = 9,
+    out: Out = RESULTS,
+) -> None:
+    """Time of a quantization-aware training step against the float step of the same net, and against stock Brevitas; one thread."""
+    _limit(1)
+    from benchmarks.nets import chosen
+    from benchmarks.qat_step import CASES, run
+
+    cases = chosen(backbone, size, batch) if backbone or size or batch else CASES
+    _done(run(cases, out, n_rounds=rounds, progress=Progress()))
 
 
 @app.command("ort-latency")
@@ -97,7 +171,7 @@ def ort_latency(
 
 @app.command("gpu-check")
 def gpu_check(
-    parts: Annotated[list[str] | None, typer.Argument(help="runs, exact, steps; default: all")] = None,
+    parts: Annotated[list[str] | None, typer.Argument(help="runs, exact, kernels, steps; default: all")] = None,
     records: Annotated[
         Path | None, typer.Option(help="folder that keeps each part's measurements; the last part completes the result")
     ] = None,
@@ -107,7 +181,7 @@ def gpu_check(
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the suite out")] = "cuda",
     out: Out = RESULTS,
 ) -> None:
-    """Integers, resumption and training speed on a GPU."""
+    """Integers, resumption, rounding kernels and training speed on a GPU."""
     import torch
 
     from benchmarks.gpu import Settings, run

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_exact, gpu_runs, gpu_steps
+from benchmarks import gpu_exact, gpu_kernels, gpu_runs, gpu_steps
 from benchmarks.record import Machine, write
 from edgeft.artifact import atomic_write, json_bytes
 from edgeft.errors import ConfigError
@@ -19,7 +19,7 @@ from edgeft.progress import Progress
 SUITE = "gpu-check"
 TITLE = "Exactness and training speed on a GPU"
 COLUMNS = ("check", "net", "setting", "result")
-PARTS = ("runs", "exact", "steps")
+PARTS = ("runs", "exact", "kernels", "steps")
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ def measure(part: str, settings: Settings) -> Any:
     if part == "steps":
         rounds = {"n_rounds": settings.n_rounds, "n_steps": settings.n_steps}
         return [gpu_steps.measure(case, device, **rounds, progress=progress) for case in gpu_steps.CASES]
+    if part == "kernels":
+        return [gpu_kernels.measure(name, device, n_rounds=settings.n_rounds, progress=progress) for name in gpu_kernels.TENSORS]
     if part == "exact":
         return [gpu_exact.measure(gpu_exact.random_subject(case, n), device, progress) for case, n in gpu_exact.RANDOM_NETS]
     with tempfile.TemporaryDirectory() as folder:
@@ -96,6 +98,7 @@ def write_result(out: Path, records: dict[str, Any], device: torch.device) -> Pa
     """The table of all parts."""
     exact, steps = [records["runs"]["exact"], *records["exact"]], records["steps"]
     rows = [*gpu_runs.rows_of(records["runs"]), *(row for r in exact for row in gpu_exact.rows_of(r)),
+            *(row for r in records["kernels"] for row in gpu_kernels.rows_of(r)),
             *(row for r in steps for row in gpu_steps.rows_of(r))]  # fmt: skip
     return write(
         out, GpuMachine.look_at_gpu(device), suite=SUITE, title=TITLE, columns=COLUMNS, rows=rows, notes=notes_of(records),
@@ -114,6 +117,8 @@ def notes_of(records: dict[str, Any]) -> list[str]:
         "Differing codes: the training graph on the GPU in eval mode against the NumPy interpreter, all tensors from image to logits.",
         f"Allowing TF32 changes the largest float logit by this share, so TF32 was in use: {shifts}. 8-bit codes and their products are "
         "exact in it.",
+        f"Rounding: {gpu_kernels.N_CALLS} calls a round, forward and backward with what autograd adds, float32, channels-last; medians "
+        "over rounds. Values and gradients of the Triton kernels were first compared with those of the elementwise operations: equal.",
         "Training steps: forward, backward and SGD update with frozen batch norm on one batch that stays on the GPU; "
         f"{step['rounds']} interleaved rounds of {step['steps']} steps after {gpu_steps.WARM_UP_STEPS} untimed ones, medians over rounds; "
         "cuDNN as in training (repeatable algorithms, TF32 in convolutions). Memory is the peak of what one variant allocates.",

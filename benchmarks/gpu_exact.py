@@ -19,8 +19,9 @@ from edgeft.interpret import Interpreter
 from edgeft.models import Classifier, build_classifier
 from edgeft.progress import Progress
 from edgeft.quant.lower import lower
-from edgeft.quant.net import FixedPointNet, TrainingGraph
+from edgeft.quant.net import FixedPointNet
 from edgeft.quant.stage import plan_of
+from edgeft.quant.training_graph import TrainingGraph
 from edgeft.runner import Images
 
 RANDOM_NETS = ((Case("mobilenetv2_100", 128, 0), 64), (Case("resnet18", 128, 0), 32), (Case("resnet50", 224, 0), 16))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -75,9 +76,9 @@ def random_classifier(case: Case) -> Classifier:
     return classifier.eval()
 
 
-def fixed_point(classifier: Classifier) -> tuple[FixedPointNet, dict[str, float]]:
+def fixed_point(classifier: Classifier, granularity: Literal["tensor", "channel"] = "tensor") -> tuple[FixedPointNet, dict[str, float]]:
     """The fixed-point form on random images, formats by the default rule, weights rounded to nearest; and each tensor's sigma."""
-    config = QuantConfig(compensate=False)
+    config = QuantConfig(rounding="nearest", granularity=granularity)
     images = random_images(N_CALIBRATION, classifier.preprocessing.size, seed=1).transpose(0, 3, 1, 2).copy()
     plan = plan_of(classifier, config.profile)
     with Progress(False).task("calibrate", len(plan.steps)) as advance:

@@ -121,15 +121,15 @@ def normalised(classifier: Classifier, images: NDArray[np.uint8]) -> NDArray[np.
     return values
 
 
-def quantized_peer(source: Path, file: Path, images: NDArray[np.float32]) -> None:
+def quantized_peer(source: Path, file: Path, images: NDArray[np.float32], *, per_channel: bool = True) -> None:
     """ONNX Runtime's static quantization of `source` as its manual has it, calibrated on `images` [n, 3, size, size].
 
-    Pre-processed, QDQ, uint8 activations by min and max, int8 weights per channel.
+    Pre-processed, QDQ, uint8 activations by min and max, int8 weights per channel or per tensor.
     """
     prepared = file.with_suffix(".prepared.onnx")
     quant_pre_process(source, prepared, skip_symbolic_shape=True)  # the symbolic part is for transformers
     quantize_static(
-        prepared, file, _Reader(images), quant_format=QuantFormat.QDQ, per_channel=True,
+        prepared, file, _Reader(images), quant_format=QuantFormat.QDQ, per_channel=per_channel,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
     )  # fmt: skip
 

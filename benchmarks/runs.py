@@ -168,7 +168,7 @@ def _notes(runs: Sequence[Finished], sizes: dict[str, int]) -> list[str]:
 def _recipe(run: Finished) -> str:
     quant = run.config.quant
     kept = run.artifact.document("training.json")["qat"].get("epoch", 0)
-    return f"profile {quant.profile}, formats {quant.format} per {quant.granularity}, {quant.epochs} epochs of QAT, epoch {kept} kept"
+    return f"profile {quant.profile}, formats {quant.format} per {quant.granularity}, {quant.qat_epochs} epochs of QAT, epoch {kept} kept"
 
 
 def _exports(run: Finished) -> list[str]:

@@ -73,6 +73,8 @@ def train_quantize(
     ood: Annotated[list[str] | None, typer.Option(metavar="[NAME=]DIR", help="shifted test set; may be repeated")] = None,
     out: Annotated[Path | None, typer.Option(help="run directory; default: runs/<data>-<method>-<seed>")] = None,
     profile: Annotated[str | None, typer.Option(help="activation storage: u8 (CPUs) or s8 (TensorRT)")] = None,
+    recipe: Annotated[str | None, typer.Option(help="f8net-tiny, f8net-finetune or f8net-conventional (edgeft list recipes)")] = None,
+    loss: Annotated[str | None, typer.Option(help="loss of QAT: labels, or distill (to the float net, no labels)")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any keys of the configuration")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any key, e.g. quant.format=grid; may be repeated")
@@ -97,7 +99,8 @@ def train_quantize(
 
     flags = {
         "train.method": method, "model.backbone": backbone, "model.weights": weights, "model.pretrained": pretrained,
-        "data.source": data, "data.ood": ood or None, "out": out, "quant.profile": profile, "seed": seed, "device": device,
+        "data.source": data, "data.ood": ood or None, "out": out, "quant.profile": profile, "quant.recipe": recipe, "quant.loss": loss,
+        "seed": seed, "device": device,
     }  # fmt: skip
     resolved = build_config(config, flags, set_)
     if print_config:
@@ -160,24 +163,29 @@ def export(
 def show(
     run: Run = None,
     formats: Annotated[bool, typer.Option("--formats", help="the number format of every layer as well")] = False,
+    saturation: Annotated[bool, typer.Option("--saturation", help="what saturates in and out of distribution as well")] = False,
     json_: Json = False,
 ) -> None:
     """Show a run: what it is and how accurate.
 
     Every file is checked against its hash first.
     """
+    from edgeft import show as words
     from edgeft.artifact import Artifact, latest_run
-    from edgeft.show import describe, format_table, to_json
 
     artifact = Artifact.load(run or latest_run())
     if json_:
-        print(_json(to_json(artifact)))
-    else:
-        print(describe(artifact) + (f"\n\n{format_table(artifact.graph())}" if formats else ""))
+        print(_json(words.to_json(artifact)))
+        return
+    parts = [words.describe(artifact)]
+    parts += [words.formats(artifact)] if formats else []
+    parts += [words.saturation(artifact)] if saturation else []
+    print("\n\n".join(parts))
 
 
 _LISTS = {
     "methods": "edgeft.methods:METHODS",
+    "recipes": "edgeft.quant.recipes:RECIPES",
     "quantizers": "edgeft.quant:QUANTIZERS",
     "targets": "edgeft.export:TARGETS",
     "datasets": "edgeft.data:DATASETS",

@@ -3,12 +3,21 @@
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from edgeft.errors import ConfigError
 from edgeft.registry import nearest
+
+
+def _as_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str | Path) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_as_list)]
+"""One alone need not be written as a list."""
 
 
 class Section(BaseModel):
@@ -21,7 +30,7 @@ class DataConfig(Section):
     """Images: where they are and how they are prepared."""
 
     source: str = Field("shapes", description="'shapes' (embedded) or a folder with one sub-folder per class")
-    ood: tuple[str, ...] = Field((), description="shifted test sets, each NAME=DIR or DIR")
+    ood: Names = Field((), description="shifted test sets, each NAME=DIR or DIR")
     size: int | None = Field(None, ge=8, le=2048, description="square input size in pixels; default: the model's own record")
     crop_pct: float | None = Field(None, gt=0, le=1, description="centre crop share of the resized short side; default: the model's")
     interpolation: Literal["bilinear", "bicubic"] | None = Field(None, description="resize filter; default: the model's")
@@ -71,22 +80,68 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type of the float stages")
 
 
+RECIPE_EPOCHS = {"f8net-tiny": 0, "f8net-finetune": 3, "f8net-conventional": 30}
+"""Epochs of QAT of each recipe where quant.epochs is not given."""
+
+
 class QuantConfig(Section):
     """The fixed-point stage."""
 
+    recipe: Literal["f8net-tiny", "f8net-finetune", "f8net-conventional"] = Field(
+        "f8net-finetune", description="f8net-tiny: calibration only; -finetune: short QAT, frozen batch norm; -conventional: long QAT, PACT"
+    )
     profile: Literal["u8", "s8"] = Field("u8", description="activation storage: u8 for CPUs, s8 for TensorRT")
-    format: Literal["std", "grid", "minmax"] = Field("std", description="rule that chooses fractional lengths")
+    format: Literal["std", "grid", "minmax", "pact", "search"] = Field(
+        "std", description="rule that chooses fractional lengths; default: std, for recipe f8net-tiny grid"
+    )
     granularity: Literal["tensor", "channel"] = Field("tensor", description="weight formats per layer or per output channel")
     residual: Literal["branch"] = Field("branch", description="residual addition: both operands 8-bit, one rounding")
     calibration_images: int = Field(128, ge=1, description="training images (labels unused) that calibration sees")
     equalize: bool = Field(True, description="power-of-two cross-layer equalisation around depthwise layers")
-    compensate: bool = Field(True, description="GPTQ-style compensation of weight rounding errors, then bias correction")
-    epochs: int = Field(3, ge=0, description="epochs of quantization-aware training; 0: calibration only")
+    rounding: Literal["nearest", "gptq", "flexround"] = Field(
+        "gptq", description="weight rounding of calibration; all but nearest compensate its errors and correct biases"
+    )
+    headroom: Literal["none", "augmented", "target"] = Field(
+        "none", description="widen activation formats for shifted images: augmented training images, or those of quant.unlabelled"
+    )
+    unlabelled: Paths = Field((), description="folders of unlabelled target images, for loss=distill and headroom=target")
+    accumulator_bits: int = Field(32, ge=12, le=32, description="width that accumulators must provably fit, held by QAT (A2Q)")
+    epochs: int | None = Field(None, ge=0, description="epochs of QAT; default: the recipe's (f8net-tiny 0, -finetune 3, -conventional 30)")
     lr: float | None = Field(None, gt=0, description="QAT learning rate; default: a tenth of the fine-tuning's")
+    loss: Literal["labels", "distill"] = Field("labels", description="QAT loss: cross-entropy, or KL to the float model (needs no labels)")
     update_every: int = Field(10, ge=1, description="QAT steps between format updates ('std' only)")
     sigma_momentum: float = Field(0.9, ge=0, lt=1, description="weight of the old sigma in its running average")
     hysteresis: float = Field(0.15, ge=0, lt=0.5, description="octaves a sigma must pass a threshold by before the format moves")
     freeze_at: float = Field(0.5, ge=0, le=1, description="share of QAT steps after which formats stay as they are")
+
+    @property
+    def qat_epochs(self) -> int:
+        """Epochs of QAT: the configured ones, or the recipe's."""
+        return RECIPE_EPOCHS[self.recipe] if self.epochs is None else self.epochs
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe_defaults(cls, tree: Any) -> Any:
+        # Without training nothing mends what a Gaussian rule gets wrong, so calibration alone measures the error.
+        return {"format": "grid", **tree} if isinstance(tree, dict) and tree.get("recipe") == "f8net-tiny" else tree
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        found = [text for contradiction, text in self._contradictions() if contradiction]
+        if found:
+            raise ValueError("; ".join(found))
+        return self
+
+    def _contradictions(self) -> list[tuple[bool, str]]:
+        distil, target = self.loss == "distill", self.headroom == "target"
+        return [
+            (self.recipe == "f8net-tiny" and self.qat_epochs > 0, f"recipe f8net-tiny trains nothing, but epochs is {self.qat_epochs}"),
+            (self.recipe == "f8net-conventional" and self.qat_epochs == 0, "recipe f8net-conventional trains, but epochs is 0"),
+            (distil and self.qat_epochs == 0, f"loss distill needs epochs of QAT, and recipe {self.recipe} has none here"),
+            (self.format == "pact" and self.recipe != "f8net-conventional", f"format pact is not for recipe {self.recipe}"),
+            (target and not self.unlabelled, "headroom target needs folders in quant.unlabelled"),
+            (bool(self.unlabelled) and not (distil or target), "unlabelled images are used by loss distill and headroom target only"),
+        ]
 
 
 class VerifyConfig(Section):

@@ -9,13 +9,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from edgeft.context import TrainContext
-from edgeft.data import Split
+from edgeft.data import NO_LABEL, Split
 from edgeft.data.loading import TrainImages, batches
 from edgeft.feed import Batch, Step, TrainFeed, epoch_steps, share, split_share, stream_seed
 from edgeft.methods import Stage
+from edgeft.objective import Objective, Validation
 
 EVALUATION_BATCH = 64
 LOOK_EVERY = 20
@@ -49,8 +49,10 @@ class EpochResult:
 class EpochRunner:
     """Trains and validates one model by one stage's settings; keeps no state between epochs."""
 
-    def __init__(self, model: nn.Module, stage: Stage, train: Split, val: Split, context: TrainContext, on_step: OnStep | None) -> None:
-        self._model, self._stage, self._context, self._on_step = model, stage, context, on_step
+    def __init__(
+        self, model: nn.Module, stage: Stage, train: Split, val: Split, context: TrainContext, on_step: OnStep | None, objective: Objective
+    ) -> None:
+        self._model, self._stage, self._context, self._on_step, self._objective = model, stage, context, on_step, objective
         self._accelerator = context.accelerator
         self._n_train = len(train)
         images = TrainImages(train, context.preprocessing, context.augment, stream_seed(context.seed, stage.name), context.cache)
@@ -88,18 +90,28 @@ class EpochRunner:
         return EpochResult(meter.total() / self._n_train, None if meter.bad is None else epoch * len(steps) + meter.bad)
 
     @torch.no_grad()
-    def n_correct(self) -> int | None:
-        """Correctly classified validation images over all processes; None when a score is not finite."""
+    def validate(self) -> Validation | None:
+        """How the model does on the validation images, over all processes; None when a score is not finite."""
         # Not through the data-parallel wrapper, which would wait for processes that have fewer batches.
         model = self._accelerator.unwrap_model(self._prepared).eval()
         device = self._accelerator.device
-        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        sums = torch.zeros(6, dtype=torch.float64, device=device)  # images, labelled, broken, correct, agreeing, divergence
+        compared = False
         for images, labels in batches(self._val, self._context.preprocessing, EVALUATION_BATCH, self._context.cache):
-            logits = model(torch.from_numpy(images).to(device))
+            pictures = torch.from_numpy(images).to(device)
+            logits = model(pictures)
             right = (logits.argmax(dim=1) == torch.from_numpy(labels).to(device)).sum()
-            counts += torch.stack([right, (~torch.isfinite(logits)).any().long()])
-        correct, broken = self._accelerator.reduce(counts, "sum").tolist()
-        return None if broken else int(correct)
+            known = (right.new_tensor(n) for n in (len(labels), int((labels != NO_LABEL).sum())))
+            sums[:4] += torch.stack([*known, (~torch.isfinite(logits)).any().long(), right])
+            found = self._objective.compare(pictures, logits)
+            if found is not None:
+                compared = True
+                sums[4:] += torch.stack(found)
+        *counts, agreeing, divergence = self._accelerator.reduce(sums, "sum").tolist()
+        n, labelled, broken, correct = map(int, counts)
+        if broken:
+            return None
+        return Validation(n, labelled, correct, int(agreeing), divergence) if compared else Validation(n, labelled, correct)
 
     def _steps(self, epoch: int) -> list[Step]:
         parts = self._accelerator.num_processes * self._context.accumulate
@@ -112,7 +124,7 @@ class EpochRunner:
         for micro in range(accumulate):
             images, labels = (tensor.to(device, non_blocking=True) for tensor in next(feed))
             with nullcontext() if micro + 1 == accumulate else self._accelerator.no_sync(self._prepared):
-                loss = cross_entropy(self._prepared(images).float(), labels, reduction="sum")
+                loss = self._objective.loss(images, self._prepared(images).float(), labels)
                 # Data-parallel training averages gradients over processes; wanted is their sum over the step's images.
                 self._accelerator.backward(loss * (self._accelerator.num_processes / n))
             summed += loss.detach()

@@ -2,16 +2,15 @@
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from edgeft.data import ImageSource, Split
+from edgeft.data import Split
 from edgeft.data.loading import TrainImages
+from edgeft.data.mixing import selected
 from edgeft.errors import ConfigError
 
 Batch = tuple[Tensor, Tensor]
@@ -93,24 +92,8 @@ class _Order:
         return iter(self._order)
 
 
-class _Part:
-    """Some images of another source."""
-
-    def __init__(self, source: ImageSource, indices: NDArray[np.int64]) -> None:
-        self._source = source
-        self._indices = indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def image(self, index: int) -> NDArray[np.uint8]:
-        """RGB bytes of one image."""
-        return self._source.image(int(self._indices[index]))
-
-
 def split_share(split: Split, process: int, n_processes: int) -> Split:
     """The part of an evaluation split that one process sees: every image belongs to exactly one process."""
     if n_processes == 1:
         return split
-    indices = np.arange(process, len(split), n_processes)
-    return replace(split, images=_Part(split.images, indices), labels=split.labels[indices])
+    return selected(split, np.arange(process, len(split), n_processes))

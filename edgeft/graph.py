@@ -11,103 +11,41 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeft.errors import ArtifactError, UnsupportedError
+from edgeft.errors import ArtifactError, ConfigError, UnsupportedError
 from edgeft.fixedpoint import FixedPointFormat
+from edgeft.opcheck import check_op
+from edgeft.ops import (
+    Add,
+    Concat,
+    Conv,
+    Flatten,
+    GlobalPool,
+    Linear,
+    Lookup,
+    MaxPool,
+    Move,
+    Mul,
+    Op,
+    Resize,
+    Select,
+    Tensor,
+    op_from_json,
+    op_inputs,
+)
+
+__all__ = [
+    "FLOAT32_EXACT", "INT32_LIMIT", "SCHEMA", "Add", "Concat", "Conv", "Flatten", "GlobalPool", "IntegerGraph", "Linear", "Lookup",
+    "MaxPool", "Move", "Mul", "Op", "Profile", "Residual", "Resize", "Rounding", "Select", "Tensor", "accumulator_bound", "op_inputs",
+]  # fmt: skip
 
 SCHEMA = 1
+"""Version of graph.json. An operation that a reader does not know is refused by name, so new kinds of operation keep the number."""
 INT32_LIMIT = 2**31
 FLOAT32_EXACT = 2**24
 
 Rounding = Literal["half_even"]
 Profile = Literal["u8", "s8"]
 Residual = Literal["branch"]
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A named edge: shape of one sample (without the batch axis) and the format of its codes."""
-
-    name: str
-    shape: tuple[int, ...]
-    format: FixedPointFormat
-
-
-@dataclass(frozen=True)
-class Conv:
-    """2-D cross-correlation: 8-bit input, 8-bit weights [out, in/groups, kh, kw], int32 bias [out], one rounding shift.
-
-    `weight_frac` holds one entry for the layer or one per output channel; `padding` is (top, left, bottom, right) with code 0.
-    """
-
-    output: str
-    input: str
-    weight: str
-    bias: str
-    weight_frac: tuple[int, ...]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-    groups: int
-    relu: bool
-
-
-@dataclass(frozen=True)
-class Linear:
-    """Matrix product with weights [out, in] and int32 bias [out]; a 32-bit output format keeps the accumulator as it is."""
-
-    output: str
-    input: str
-    weight: str
-    bias: str
-    weight_frac: tuple[int, ...]
-    relu: bool
-
-
-@dataclass(frozen=True)
-class Add:
-    """Residual addition (`branch` mode): both operands shifted left to the finer fraction, summed, rounded once."""
-
-    output: str
-    left: str
-    right: str
-    relu: bool
-
-
-@dataclass(frozen=True)
-class MaxPool:
-    """Maximum over windows, on codes; padded positions never win."""
-
-    output: str
-    input: str
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class GlobalPool:
-    """Sum over all pixels, times 2^-divisor_log2 (the ratio to the true mean sits in the next layer's weights), rounded once."""
-
-    output: str
-    input: str
-    divisor_log2: int
-
-
-@dataclass(frozen=True)
-class Flatten:
-    """Codes of [c, h, w] as a vector in that order."""
-
-    output: str
-    input: str
-
-
-Op = Conv | Linear | Add | MaxPool | GlobalPool | Flatten
-_OPS: dict[str, type[Any]] = {cls.__name__: cls for cls in (Conv, Linear, Add, MaxPool, GlobalPool, Flatten)}
-
-
-def op_inputs(op: Op) -> tuple[str, ...]:
-    """Names of the tensors an op reads."""
-    return (op.left, op.right) if isinstance(op, Add) else (op.input,)
 
 
 @dataclass(frozen=True)
@@ -136,7 +74,9 @@ class IntegerGraph:
             if op.output in known or op.output not in self.tensors:
                 raise ArtifactError(f"graph: tensor '{op.output}' is written twice or has no format")
             known.add(op.output)
-            self._check(op)
+            check_op(op, self.tensors, self.constants)
+            if isinstance(op, Conv | Linear) and self.accumulator_bound(op) >= INT32_LIMIT:
+                raise UnsupportedError(f"layer '{op.output}': its accumulator may overflow 32 bits")
 
     @property
     def output(self) -> str:
@@ -146,18 +86,6 @@ class IntegerGraph:
     def format(self, name: str) -> FixedPointFormat:
         """Format of a tensor."""
         return self.tensors[name].format
-
-    def _check(self, op: Op) -> None:
-        if isinstance(op, MaxPool | Flatten) and self.format(op.input) != self.format(op.output):
-            raise ArtifactError(f"graph: '{op.output}' must keep the format of '{op.input}'")
-        if isinstance(op, Conv | Linear):
-            weight, bias = self.constants[op.weight], self.constants[op.bias]
-            if weight.dtype != np.int8 or bias.dtype != np.int32 or int(weight.min(initial=0)) < -127:
-                raise ArtifactError(f"graph: constants of '{op.output}' must be int8 in -127 ... 127 and int32")
-            if len(op.weight_frac) not in (1, weight.shape[0]):
-                raise ArtifactError(f"graph: '{op.output}' needs 1 or {weight.shape[0]} weight fractions")
-            if self.accumulator_bound(op) >= INT32_LIMIT:
-                raise UnsupportedError(f"layer '{op.output}': its accumulator may overflow 32 bits")
 
     def accumulator_bound(self, op: Conv | Linear) -> int:
         """Largest |accumulator| that any input can produce, at any point of the summation. Exact, from the integer weights."""
@@ -173,7 +101,9 @@ class IntegerGraph:
                 acc = np.asarray([max(self.format(op.left).frac, self.format(op.right).frac)], np.int64)
             case GlobalPool():
                 acc = np.asarray([self.format(op.input).frac + op.divisor_log2], np.int64)
-            case MaxPool() | Flatten():
+            case Mul():
+                acc = np.asarray([self.format(op.left).frac + self.format(op.right).frac], np.int64)
+            case Lookup() | Concat() | Select() | Resize() | MaxPool() | Flatten():
                 acc = np.asarray([out], np.int64)
         return acc - out
 
@@ -207,8 +137,10 @@ class IntegerGraph:
             raise ArtifactError(f"graph schema {tree.get('schema')!r} is not {SCHEMA}, the one this version reads")
         try:
             tensors = {t["name"]: Tensor(t["name"], tuple(t["shape"]), FixedPointFormat.parse(t["format"])) for t in tree["tensors"]}
-            ops = tuple(_op_from_json(entry) for entry in tree["ops"])
+            ops = tuple(op_from_json(entry) for entry in tree["ops"])
             return cls(tensors, ops, tree["input"], tree["profile"], tree["residual"], tree["rounding"], constants)
+        except ConfigError as error:
+            raise ArtifactError(f"graph.json: {error.message}", error.hint) from error
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"graph.json is not complete: {error}") from error
 
@@ -223,10 +155,3 @@ def accumulator_bound(weight: NDArray[np.int8], bias: NDArray[np.int32], fmt: Fi
     high = products.max(0).clip(min=0).sum(1) + np.maximum(bias.astype(np.int64), 0)
     low = products.min(0).clip(max=0).sum(1) + np.minimum(bias.astype(np.int64), 0)
     return int(np.maximum(high, -low).max())
-
-
-def _op_from_json(entry: dict[str, Any]) -> Op:
-    cls = _OPS[entry["op"]]
-    values = {f.name: entry[f.name] for f in dataclasses.fields(cls)}
-    op: Op = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-    return op

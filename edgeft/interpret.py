@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgeft.errors import ArtifactError
 from edgeft.fixedpoint import dequantize, requantize
-from edgeft.graph import Add, Conv, Flatten, GlobalPool, IntegerGraph, Linear, MaxPool, Op
+from edgeft.graph import Add, Concat, Conv, Flatten, GlobalPool, IntegerGraph, Linear, Lookup, MaxPool, Mul, Op, Resize, Select
 from edgeft.runner import Images, Logits
 
 Codes = NDArray[np.int64]
@@ -81,6 +81,17 @@ class Interpreter:
                 return self._requantize(op, _product(codes[op.input], weight.T) + bias, relu=op.relu)
             case Add():
                 return self._requantize(op, self._aligned(op.left, op, codes) + self._aligned(op.right, op, codes), relu=op.relu)
+            case Mul():
+                return self._requantize(op, codes[op.left] * codes[op.right], relu=False)
+            case Lookup():
+                table: NDArray[np.int16] = self.graph.constants[op.table]
+                return table.astype(np.int64)[codes[op.input] - self.graph.format(op.input).min_code]
+            case Concat():
+                return np.concatenate([codes[name] for name in op.inputs], axis=1)
+            case Select():
+                return codes[op.input][:, list(op.index)]
+            case Resize():
+                return codes[op.input].repeat(op.factor[0], axis=2).repeat(op.factor[1], axis=3)
             case MaxPool():
                 padded = _pad(codes[op.input], op.padding, _NEVER_WINS)
                 return np.asarray(np.maximum.reduce(list(_taps(padded, op.kernel, op.stride, (1, 1)))))

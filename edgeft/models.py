@@ -19,6 +19,14 @@ RESERVED_ARGS = ("pretrained", "num_classes", "in_chans", "features_only", "chec
 """Constructor arguments of timm that edgeft sets itself or that change what the model returns."""
 
 
+class PooledLinear(nn.Linear):
+    """What a 1x1 convolution computes on a pooled map [n, c, 1, 1], as the linear layer that it is; its logits are [n, classes]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of a pooled map or of a vector."""
+        return super().forward(x.flatten(1))
+
+
 class Classifier(nn.Module):
     """A timm net that takes image bytes: uint8 [n, 3, height, width] to float32 logits [n, classes].
 
@@ -67,8 +75,10 @@ def build_classifier(model: ModelConfig, data: DataConfig, n_classes: int, nativ
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"backbone {seed}".encode()))
         net = _create(model, n_classes)
+        loaded = _load(net, model, net.get_classifier(), n_classes)  # type: ignore[operator]
+        _make_head_linear(net)
         head = _head_of(net, model.backbone)
-        if not _load(net, model, head, n_classes):
+        if not loaded:
             torch.manual_seed(zlib.crc32(f"head {seed}".encode()))
             head.reset_parameters()
     classifier = Classifier(net.eval(), preprocessing_of(net, model.backbone, data, native_size))
@@ -108,7 +118,7 @@ def _bundled(model: ModelConfig) -> bool:
     return model.backbone == "edgeft_micro" and model.weights is None
 
 
-def _load(net: nn.Module, model: ModelConfig, head: nn.Linear, n_classes: int) -> bool:
+def _load(net: nn.Module, model: ModelConfig, head: Any, n_classes: int) -> bool:
     """Load the weights that do not come from timm's hub; True when the net now has a trained head for these classes."""
     if _bundled(model):
         edgeft.micro.load_pretrained_weights(net)
@@ -117,6 +127,24 @@ def _load(net: nn.Module, model: ModelConfig, head: nn.Linear, n_classes: int) -
         name = next(name for name, module in net.named_modules() if module is head)
         return load_weights(net, name, model.weights)
     return model.pretrained and _record(net).get("num_classes") == n_classes
+
+
+def _make_head_linear(net: nn.Module) -> None:
+    """Replace a classifier that is linear in other words by a linear layer: a 1x1 convolution, or one that timm fuses into a Linear."""
+    layer = net.get_classifier()  # type: ignore[operator]
+    name = next((name for name, module in net.named_modules() if module is layer), "")
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1:
+        head: Any = PooledLinear(layer.in_channels, layer.out_channels)
+        with torch.no_grad():
+            head.weight.copy_(layer.weight.flatten(1))
+            head.bias.zero_() if layer.bias is None else head.bias.copy_(layer.bias)
+    elif isinstance(layer, nn.Module) and name and callable(getattr(layer, "fuse", None)):
+        head = layer.eval().fuse()  # type: ignore[operator]
+    else:
+        return
+    if isinstance(head, nn.Linear):
+        parent, _, attribute = name.rpartition(".")
+        setattr(net.get_submodule(parent), attribute, head)
 
 
 def _head_of(net: nn.Module, name: str) -> nn.Linear:

@@ -26,8 +26,8 @@ from edgeft.methods import METHODS, Stage
 from edgeft.methods.run import run_stages
 from edgeft.models import Classifier, build_classifier
 from edgeft.progress import Progress
-from edgeft.quant.net import TrainingGraph
 from edgeft.quant.stage import Quantized, plan_of, quantize
+from edgeft.quant.training_graph import TrainingGraph
 from edgeft.report import EvalReport, ModelResult, render
 from edgeft.runner import Images, Logits, Runner
 
@@ -66,7 +66,8 @@ def plan(config: Config) -> list[str]:
     lines += [f"{stage.name:11} {_describe(stage)}" for stage in stages]
     q = config.quant
     lines.append(
-        f"quantize    {len(steps.weighted())} layers; format {q.format} per {q.granularity}, profile {q.profile}, {q.epochs} epochs of QAT"
+        f"quantize    {len(steps.weighted())} layers, {q.recipe}; format {q.format} per {q.granularity}, profile {q.profile}, "
+        f"{q.qat_epochs} epochs of QAT" + (f", loss {q.loss}" if q.qat_epochs else "")
     )
     lines.append(f"write       {config.run_dir}")
     return lines
@@ -164,7 +165,8 @@ def _write(
             "predictions.safetensors": {f"{model}/{split}": top for model, found in predictions.items() for split, top in found.items()},
         },
         documents={
-            "graph.json": quantized.graph.to_json(), "formats.json": quantized.formats.to_json(), "report.json": report.to_json(),
+            "graph.json": quantized.graph.to_json(), "formats.json": quantized.formats.to_json(),
+            "saturation.json": quantized.saturation, "report.json": report.to_json(),
             "training.json": {"stages": records, "qat": quantized.record, "notes": list(dataset.notes),
                               "images": {"train": len(dataset.train), "val": len(dataset.val)}},
         },
@@ -244,7 +246,7 @@ def _check_predictions(target: str, found: dict[str, Predictions], expected: dic
 def _dataset_of(artifact: Artifact, config: Config, progress: Progress) -> Dataset | str:
     """The data that the run was measured on; or why they cannot be had any more."""
     try:
-        dataset = load_dataset(config, progress)
+        dataset = load_dataset(config, progress, training=False)
     except (DataError, ConfigError) as error:
         return error.message
     counts = {split.split: split.n for split in artifact.report().models[0].splits}

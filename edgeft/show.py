@@ -3,8 +3,9 @@
 from typing import Any
 
 from edgeft.artifact import Artifact, is_finished
-from edgeft.graph import Conv, IntegerGraph, Linear, Op, op_inputs
 from edgeft.report import render
+from edgeft.show_formats import format_plot, format_table
+from edgeft.show_saturation import saturation_table
 
 _RECIPE = (
     "data.source",
@@ -12,9 +13,12 @@ _RECIPE = (
     "model.backbone",
     "model.weights",
     "train.method",
+    "quant.recipe",
     "quant.profile",
     "quant.format",
     "quant.granularity",
+    "quant.loss",
+    "quant.headroom",
 )
 
 
@@ -52,36 +56,25 @@ def exports(artifact: Artifact) -> list[str]:
 
 
 def to_json(artifact: Artifact) -> dict[str, Any]:
-    """The same for machines: manifest, digest, exports and, where there are any, formats and report."""
+    """The same for machines: manifest, digest, exports and, where there are any, formats, saturation and report."""
     manifest = artifact.manifest
     tree: dict[str, Any] = {"path": str(artifact.path), "digest": artifact.digest, "exports": exports(artifact)}
     tree["manifest"] = {**vars(manifest), "classes": list(manifest.classes)}
-    for key, name in (("formats", "formats.json"), ("report", "report.json")):
+    for key, name in (("formats", "formats.json"), ("saturation", "saturation.json"), ("report", "report.json")):
         if name in manifest.files:
             tree[key] = artifact.document(name)
     return tree
 
 
-def format_table(graph: IntegerGraph) -> str:
-    """One row per operation: its formats, how far its accumulator is shifted, and the bits the accumulator needs at most."""
-    rows: list[tuple[str, ...]] = [("layer", "operation", "input", "weight", "output", "shift", "accumulator bits")]
-    rows += [_format_row(graph, op) for op in graph.ops]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+def formats(artifact: Artifact) -> str:
+    """Table and plot of the number formats of every layer. Raises ArtifactError for an artifact without a graph."""
+    graph = artifact.graph()
+    return f"{format_table(graph, artifact.formats())}\n\n{format_plot(graph)}"
 
 
-def _format_row(graph: IntegerGraph, op: Op) -> tuple[str, ...]:
-    inputs = " ".join(str(graph.format(name)) for name in op_inputs(op))
-    weight = bits = ""
-    if isinstance(op, Conv | Linear):
-        weight = _span([f"w8.{frac}" for frac in sorted(set(op.weight_frac))])
-        bits = str(graph.accumulator_bound(op).bit_length() + 1)
-    shift = _span([str(value) for value in sorted(set(graph.shift(op).tolist()))])
-    return op.output, type(op).__name__, inputs, weight, str(graph.format(op.output)), shift, bits
-
-
-def _span(values: list[str]) -> str:
-    return values[0] if len(values) == 1 else f"{values[0]} ... {values[-1]}"
+def saturation(artifact: Artifact) -> str:
+    """Table of what saturates in and out of distribution. Raises ArtifactError for an artifact in which that was not measured."""
+    return saturation_table(artifact.document("saturation.json"))
 
 
 def _dig(tree: dict[str, Any], key: str) -> Any:

@@ -15,6 +15,7 @@ from edgeft.data import Split
 from edgeft.epoch import EpochRunner, OnStep
 from edgeft.errors import ArtifactError, TrainingError
 from edgeft.methods import Stage
+from edgeft.objective import Labels, Objective, Validation, rank
 
 __all__ = ["FitResult", "TrainContext", "fit", "make_accelerator"]
 
@@ -26,8 +27,9 @@ START_TOLERANCE = 1e-3
 class FitResult:
     """The chosen weights of a stage: learning rate, epoch (from 1; rate and epoch 0 are the start) and validation accuracy (0 ... 1).
 
-    `history` has a JSON-able row for each epoch of each rate: lr, epoch, train_loss, val_accuracy, val_correct; or lr, epoch and
-    non_finite_step (from 1) where a rate diverged. The start has a row without train_loss where it competed.
+    `history` has a JSON-able row for each epoch of each rate: lr, epoch, train_loss, val_accuracy, val_correct, and with a teacher
+    val_agreement and val_divergence; or lr, epoch and non_finite_step (from 1) where a rate diverged. The start has a row without
+    train_loss where it competed.
     """
 
     lr: float
@@ -36,11 +38,15 @@ class FitResult:
     history: list[dict[str, Any]]
 
 
-def fit(model: nn.Module, stage: Stage, train: Split, val: Split, context: TrainContext, on_step: OnStep | None = None) -> FitResult:
+def fit(
+    model: nn.Module, stage: Stage, train: Split, val: Split, context: TrainContext, on_step: OnStep | None = None,
+    objective: Objective | None = None,
+) -> FitResult:  # fmt: skip
     """Train `model` (image bytes to logits) by an SGD stage and leave its best weights in it, in eval mode.
 
-    Every learning rate starts from the weights that `model` comes with. The best epoch has the highest accuracy on `val`, the later
-    one on ties; among rates the smaller one on ties. `on_step(step, total)` is called before each optimizer step of a rate, from 0.
+    The loss is the objective's, by default cross-entropy to the labels. Every learning rate starts from the weights that `model` comes
+    with. The best epoch has the highest accuracy on `val`, or with a teacher the smallest divergence from it; the later one on ties,
+    among rates the smaller one. `on_step(step, total)` is called before each optimizer step of a rate, from 0.
 
     After every epoch a checkpoint in `context.work/<stage name>` is replaced, and a later call goes on from there to the same weights
     as an uninterrupted one; a finished stage is only read back. What a model keeps outside its parameters and buffers is not in it.
@@ -50,7 +56,7 @@ def fit(model: nn.Module, stage: Stage, train: Split, val: Split, context: Train
     when a step cannot be split over the processes; ArtifactError when checkpoints cannot be read, written or used.
     """
     with _repeatable_convolutions():
-        return _Fit(model, stage, train, val, context).run(on_step)
+        return _Fit(model, stage, train, val, context, objective or Labels()).run(on_step)
 
 
 @contextmanager
@@ -68,8 +74,8 @@ def _repeatable_convolutions() -> Iterator[None]:
 class _Fit:
     """One stage under way: where it is, what was best, and the checkpoint that holds both."""
 
-    def __init__(self, model: nn.Module, stage: Stage, train: Split, val: Split, context: TrainContext) -> None:
-        self._stage, self._context, self._accelerator = stage, context, context.accelerator
+    def __init__(self, model: nn.Module, stage: Stage, train: Split, val: Split, context: TrainContext, objective: Objective) -> None:
+        self._stage, self._context, self._accelerator, self._objective = stage, context, context.accelerator, objective
         self._model = model.to(self._accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._train, self._val = train, val
         self._folder = context.work / stage.name
@@ -89,7 +95,7 @@ class _Fit:
         finished = self._load()
         if finished is not None:
             return finished
-        runner = EpochRunner(self._model, self._stage, self._train, self._val, self._context, on_step)
+        runner = EpochRunner(self._model, self._stage, self._train, self._val, self._context, on_step, self._objective)
         try:
             if self._stage.keep_start and self._best is None and self._rate == self._epoch == 0:
                 self._try_start(runner)
@@ -101,12 +107,12 @@ class _Fit:
 
     def _try_start(self, runner: EpochRunner) -> None:
         """Let the untrained start compete."""
-        correct = runner.n_correct()
-        if correct is None:
+        found = runner.validate()
+        if found is None:
             raise TrainingError(
                 f"{self._stage.name}: the start weights give scores that are not finite", "check the weights, data.mean and data.std"
             )
-        self._record({"lr": 0.0, "epoch": 0}, correct)
+        self._record({"lr": 0.0, "epoch": 0}, found)
 
     def _run_rate(self, runner: EpochRunner) -> None:
         """Train at one rate from its next epoch to its last, or until it diverges."""
@@ -117,14 +123,14 @@ class _Fit:
             advance(first * n_steps)
             for epoch in range(first, self._stage.epochs):
                 result = runner.train(optimizer, lr, epoch, advance)
-                correct = runner.n_correct() if result.bad_step is None else None
-                if correct is None:
+                found = runner.validate() if result.bad_step is None else None
+                if found is None:
                     last = (epoch + 1) * n_steps - 1  # The last step's update is what broke the scores.
                     self._give_up(optimizer, epoch, last if result.bad_step is None else result.bad_step, self._stage.epochs * n_steps)
                     return
-                self._record({"lr": lr, "epoch": epoch + 1, "train_loss": result.loss}, correct)
+                self._record({"lr": lr, "epoch": epoch + 1, "train_loss": result.loss}, found)
                 self._move_on(optimizer, epoch + 1)
-                advance(0, note=f"epoch {epoch + 1}: validation {correct / len(self._val):.1%}")
+                advance(0, note=f"epoch {epoch + 1}: {found}")
 
     def _optimizer(self, lr: float) -> torch.optim.Optimizer:
         """A fresh optimizer over the start weights, or the checkpointed one over the checkpointed weights."""
@@ -140,14 +146,14 @@ class _Fit:
 
     # --- choice ------------------------------------------------------------------------------------------------------
 
-    def _record(self, row: dict[str, Any], correct: int) -> None:
+    def _record(self, row: dict[str, Any], found: Validation) -> None:
         """Note an epoch; keep its weights if they are the best so far."""
-        row = row | {"val_accuracy": correct / len(self._val), "val_correct": correct}
+        row = row | found.row()
         self._history.append(row)
         # On ties: the start (rate 0), which distorts nothing; then the smaller rate, then the later epoch.
         best = self._best
-        tie_won = best is not None and correct == best["val_correct"] and row["lr"] <= best["lr"]
-        if best is None or correct > best["val_correct"] or tie_won:
+        tie_won = best is not None and rank(row) == rank(best) and row["lr"] <= best["lr"]
+        if best is None or rank(row) > rank(best) or tie_won:
             self._best = row
             self._best_state = copy_of(state_of(self._model))
 
@@ -268,7 +274,7 @@ class _Fit:
         settings = [context.seed, context.batch, context.accumulate, accelerator.num_processes, accelerator.mixed_precision]
         data = [context.preprocessing.to_json(), context.augment, self._train.labels.tolist(), self._val.labels.tolist()]
         shapes = {name: list(tensor.shape) for name, tensor in state_of(self._model).items()}
-        return digest(asdict(self._stage), settings, data, shapes)
+        return digest(asdict(self._stage), self._objective.name, settings, data, shapes)
 
     def _scaler(self) -> dict[str, Any] | None:
         """State of the fp16 loss scaler, JSON-able."""

@@ -1,8 +1,10 @@
 """What a runtime that rescales in float32 can reproduce code for code; graphs beyond it are refused. Equations: fixedpoint.md."""
 
 from edgeft.errors import UnsupportedError
-from edgeft.graph import FLOAT32_EXACT, INT32_LIMIT, Add, Conv, GlobalPool, IntegerGraph, Linear, Op, op_inputs
+from edgeft.graph import FLOAT32_EXACT, INT32_LIMIT, Add, Conv, Flatten, GlobalPool, IntegerGraph, Linear, MaxPool, Mul, Op, op_inputs
 
+Arithmetic = Conv | Linear | Add | Mul | GlobalPool
+"""Ops that form an accumulator and round it; all others take codes as they are."""
 _EXACT_BITS = 24
 _MAX_EXPONENT = 126
 
@@ -15,17 +17,19 @@ def check_float_agreement(graph: IntegerGraph) -> None:
         _check_exponents(graph, op)
         if graph.format(op.output).width > 8:
             _check_wide(graph, op)
-        elif isinstance(op, Conv | Linear | Add | GlobalPool):
+        elif isinstance(op, Arithmetic):
             _check_shift(graph, op)
 
 
-def accumulator_bound(graph: IntegerGraph, op: Conv | Linear | Add | GlobalPool) -> int:
+def accumulator_bound(graph: IntegerGraph, op: Arithmetic) -> int:
     """Largest |accumulator| that any input can produce (eq. 13), for every op that has one."""
     if isinstance(op, Conv | Linear):
         return graph.accumulator_bound(op)
     if isinstance(op, GlobalPool):
         _, rows, columns = graph.tensors[op.input].shape
         return rows * columns * _largest(graph, op.input)
+    if isinstance(op, Mul):
+        return _largest(graph, op.left) * _largest(graph, op.right)
     finer = max(graph.format(op.left).frac, graph.format(op.right).frac)
     return sum(_largest(graph, name) << (finer - graph.format(name).frac) for name in op_inputs(op))
 
@@ -34,7 +38,7 @@ def _largest(graph: IntegerGraph, name: str) -> int:
     return max(graph.format(name).max_code, -graph.format(name).min_code)
 
 
-def _check_shift(graph: IntegerGraph, op: Conv | Linear | Add | GlobalPool) -> None:
+def _check_shift(graph: IntegerGraph, op: Arithmetic) -> None:
     """Eq. 14: an accumulator that float32 cannot hold must saturate anyway."""
     fmt, shift = graph.format(op.output), int(graph.shift(op).max())
     allowed = _EXACT_BITS - (fmt.width - int(fmt.signed))
@@ -56,13 +60,16 @@ def _check_wide(graph: IntegerGraph, op: Op) -> None:
         if op.relu or bound > FLOAT32_EXACT:
             raise UnsupportedError(f"layer '{op.output}': 32-bit accumulators up to {bound} are not exact in float32 ({FLOAT32_EXACT})")
     for reader in graph.consumers[op.output]:
-        if isinstance(reader, Conv | Linear | Add | GlobalPool):
-            raise UnsupportedError(f"layer '{reader.output}' computes on '{op.output}', which is not 8-bit")
+        if not isinstance(reader, MaxPool | Flatten):
+            raise UnsupportedError(f"layer '{reader.output}' reads '{op.output}', which is not 8-bit")
 
 
 def _check_exponents(graph: IntegerGraph, op: Op) -> None:
     """Steps, also those of accumulators, must be normal float32 numbers."""
     fracs = [graph.format(name).frac for name in (*op_inputs(op), op.output)]
-    fracs += [frac + graph.format(op.input).frac for frac in op.weight_frac] if isinstance(op, Conv | Linear) else []
+    if isinstance(op, Conv | Linear):
+        fracs += [frac + graph.format(op.input).frac for frac in op.weight_frac]
+    if isinstance(op, Mul):
+        fracs.append(graph.format(op.left).frac + graph.format(op.right).frac)
     if max(abs(frac) for frac in fracs) > _MAX_EXPONENT:
         raise UnsupportedError(f"layer '{op.output}': a step of 2^{-max(fracs, key=abs)} is not a normal float32 number")

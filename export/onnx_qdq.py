@@ -12,24 +12,25 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 import edgeft
 from edgeft.artifact import Artifact, atomic_write
 from edgeft.errors import UnsupportedError, VerificationError
 from edgeft.export import ExportResult
 from edgeft.export.agreement import check_float_agreement
-from edgeft.export.ort_runner import AVX2_PRECISION_KEY, INPUT, OUTPUT, TENSORS_KEY, Fusion, OnnxRunner, StoredTensor, fusion
+from edgeft.export.onnx_writer import Writer
+from edgeft.export.ort_runner import AVX2_PRECISION_KEY, INPUT, OUTPUT, TENSORS_KEY, Fusion, OnnxRunner, fusion
 from edgeft.export.verify import BATCH, verify
 from edgeft.fixedpoint import FixedPointFormat
-from edgeft.graph import SCHEMA, Add, Conv, Flatten, GlobalPool, IntegerGraph, Linear, MaxPool, Op, Tensor
-from edgeft.interpret import Interpreter, image_offset
+from edgeft.graph import SCHEMA, Add, Conv, GlobalPool, IntegerGraph, Linear, Mul, Tensor
+from edgeft.interpret import Interpreter
 from edgeft.runner import Images
 
 OPSET, IR_VERSION = 17, 8
 """Pinned: old enough for runtimes in the field, new enough for 8-bit MaxPool and per-channel DequantizeLinear."""
 FILE = "model.onnx"
-_FUSED = {Conv: "QLinearConv", GlobalPool: "QLinearConv", Linear: "QGemm", Add: "QLinearAdd"}
+_FUSED = {Conv: "QLinearConv", GlobalPool: "QLinearConv", Linear: "QGemm", Add: "QLinearAdd", Mul: "QLinearMul"}
 
 
 def build_model(graph: IntegerGraph, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
@@ -38,7 +39,7 @@ def build_model(graph: IntegerGraph, metadata: Mapping[str, str] | None = None) 
     Raises UnsupportedError naming the layer that float32 rescaling could not reproduce.
     """
     check_float_agreement(graph)
-    writer = _Writer(graph)
+    writer = Writer(graph)
     for op in graph.ops:
         writer.write(op)
     image, logits = graph.tensors[graph.input], graph.tensors[graph.output]
@@ -97,125 +98,6 @@ class OnnxTarget:
 
 
 TARGET = OnnxTarget()
-
-
-class _Writer:
-    """Collects nodes and initializers, op by op. Tensor t becomes "t/codes" (bytes) and, where something reads it, "t/real"."""
-
-    def __init__(self, graph: IntegerGraph) -> None:
-        self.graph = graph
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: dict[str, onnx.TensorProto] = {}
-        self._zero_points = {graph.input: image_offset(graph)}
-        self._real: dict[str, str] = {}
-
-    def write(self, op: Op) -> None:
-        """Append the nodes of one op."""
-        self._zero_points[op.output] = self._zero_point(op)
-        match op:
-            case Conv():
-                window = _window(self.graph.constants[op.weight].shape[2:], op.stride, op.padding, dilations=op.dilation)
-                self._compute("Conv", op, [self._read(op.input), *self._weights(op)], relu=op.relu, group=op.groups, **window)
-            case Linear():
-                self._compute("Gemm", op, [self._read(op.input), *self._weights(op)], relu=op.relu, transB=1)
-            case Add():
-                self._compute("Add", op, [self._read(op.left), self._read(op.right)], relu=op.relu)
-            case GlobalPool():
-                self._global_pool(op)
-            case MaxPool():
-                self._on_codes("MaxPool", op, **_window(op.kernel, op.stride, op.padding))
-            case Flatten():
-                self._on_codes("Flatten", op, axis=1)
-
-    def finish(self) -> list[onnx.NodeProto]:
-        """All nodes, the last of which writes the logits."""
-        last = self._read(self.graph.output)
-        writer = next(node for node in self.nodes if last in node.output)
-        writer.output[0] = OUTPUT
-        return self.nodes
-
-    def stored(self, tensor: Tensor) -> StoredTensor:
-        """Where and how a tensor of the graph is found in the file."""
-        if tensor.format.width > 8:
-            onnx_name = OUTPUT if tensor.name == self.graph.output else f"{tensor.name}/real"
-            return StoredTensor(tensor.name, onnx_name, tensor.format, 0)
-        return StoredTensor(tensor.name, self._codes(tensor.name), tensor.format, self._zero_points[tensor.name])
-
-    def _zero_point(self, op: Op) -> int:
-        if isinstance(op, MaxPool | Flatten):
-            return self._zero_points[op.input]
-        rectified = isinstance(op, Conv | Linear | Add) and op.relu
-        return 128 if self.graph.format(op.output).signed and not rectified else 0
-
-    def _codes(self, name: str) -> str:
-        return INPUT if name == self.graph.input else f"{name}/codes"
-
-    def _read(self, name: str) -> str:
-        """The real values of a tensor: one DequantizeLinear, shared by its readers."""
-        if name not in self._real:
-            step, zero = self._step(name), self._constant(f"{name}/zero", np.uint8(self._zero_points[name]))
-            self._real[name] = self._node("DequantizeLinear", [self._codes(name), step, zero], f"{name}/real")
-        return self._real[name]
-
-    def _compute(self, operator: str, op: Op, inputs: list[str], *, relu: bool, **attributes: Any) -> None:
-        """A float operator between Q and DQ; a 32-bit result stays float, its real values are the accumulators times their step."""
-        fmt = self.graph.format(op.output)
-        if fmt.width > 8:
-            self._real[op.output] = self._node(operator, inputs, f"{op.output}/real", **attributes)
-            return
-        result = self._node(operator, inputs, f"{op.output}/result", **attributes)
-        zero_point = self._zero_points[op.output]
-        zero = self._constant(f"{op.output}/zero", np.uint8(zero_point))
-        lowest, highest = max(fmt.min_code, 0) if relu else fmt.min_code, fmt.max_code
-        saturates = (lowest + zero_point, highest + zero_point) == (0, 255)
-        bytes_name = self._codes(op.output) if saturates else f"{op.output}/bytes"
-        self._node("QuantizeLinear", [result, self._step(op.output), zero], bytes_name)
-        if not saturates:  # an integer Clip keeps the operator fused, a float one would not
-            bounds = [self._constant(f"{op.output}/{n}", np.uint8(c + zero_point)) for n, c in (("low", lowest), ("high", highest))]
-            self._node("Clip", [bytes_name, *bounds], self._codes(op.output))
-
-    def _global_pool(self, op: GlobalPool) -> None:
-        """Eq. 10 as a depthwise convolution of ones over the whole map: the sum, times 2^-m."""
-        channels, rows, columns = self.graph.tensors[op.input].shape
-        ones = np.ones((channels, 1, rows, columns), np.int8)
-        weight = self._dequantized(f"{op.output}/ones", ones, (op.divisor_log2,))
-        self._compute("Conv", op, [self._read(op.input), weight], relu=False, group=channels, kernel_shape=[rows, columns])
-
-    def _on_codes(self, operator: str, op: MaxPool | Flatten, **attributes: Any) -> None:
-        """An operator that only moves codes; padding of an integer MaxPool is the lowest value of the type and never wins."""
-        if self.graph.format(op.input).width > 8:
-            self._real[op.output] = self._node(operator, [self._real[op.input]], f"{op.output}/real", **attributes)
-        else:
-            self._node(operator, [self._codes(op.input)], self._codes(op.output), **attributes)
-
-    def _weights(self, op: Conv | Linear) -> list[str]:
-        """Weight and bias as integers with their exact steps: a float bias would be quantized again by the runtime."""
-        weight, bias = self.graph.constants[op.weight], self.graph.constants[op.bias]
-        bias_frac = tuple(frac + self.graph.format(op.input).frac for frac in op.weight_frac)
-        return [self._dequantized(f"{op.output}/weight", weight, op.weight_frac), self._dequantized(f"{op.output}/bias", bias, bias_frac)]
-
-    def _dequantized(self, name: str, codes: NDArray[Any], frac: tuple[int, ...]) -> str:
-        """An integer constant and its DequantizeLinear, per tensor or along axis 0."""
-        steps = np.ldexp(np.float32(1), -np.asarray(frac if len(frac) > 1 else frac[0]))
-        inputs = [self._constant(f"{name}/codes", codes), self._constant(f"{name}/step", steps.astype(np.float32))]
-        if codes.dtype == np.int8:  # the operator has no zero point for int32
-            inputs.append(self._constant(f"{name}/zero", np.zeros(steps.shape, np.int8)))
-        return self._node("DequantizeLinear", inputs, f"{name}/real", **({"axis": 0} if len(frac) > 1 else {}))
-
-    def _step(self, name: str) -> str:
-        return self._constant(f"{name}/step", np.float32(self.graph.format(name).step))
-
-    def _constant(self, name: str, value: NDArray[Any] | np.generic) -> str:
-        self.constants.setdefault(name, numpy_helper.from_array(np.asarray(value), name))
-        return name
-
-    def _node(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(operator, inputs, [output], name=f"{output.rpartition('/')[0]}/{operator}", **attributes))
-        return output
-
-
-def _window(kernel: tuple[int, ...], stride: tuple[int, int], padding: tuple[int, int, int, int], **more: Any) -> dict[str, Any]:
-    return {"kernel_shape": list(kernel), "strides": list(stride), "pads": list(padding), **more}
 
 
 def _probe() -> IntegerGraph:

@@ -24,7 +24,7 @@ TENSORS_KEY = "edgeft.tensors"
 AVX2_PRECISION_KEY = "session.x64quantprecision"
 """Session entry: on x86 without VNNI, unsigned * signed products are summed in pairs in 16 bits, which saturate; "1" avoids it."""
 _FLOAT_OPERATORS = frozenset(
-    {"Add", "Conv", "DequantizeLinear", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "QuantizeLinear"}
+    {"Add", "Conv", "DequantizeLinear", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "Mul", "QuantizeLinear"}
 )
 _VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni"})
 

@@ -6,7 +6,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeft.fixedpoint import FixedPointFormat
-from edgeft.graph import Add, Conv, Flatten, GlobalPool, IntegerGraph, Linear, MaxPool, Op, Profile, Tensor
+from edgeft.graph import (
+    Add,
+    Concat,
+    Conv,
+    Flatten,
+    GlobalPool,
+    IntegerGraph,
+    Linear,
+    Lookup,
+    MaxPool,
+    Mul,
+    Op,
+    Profile,
+    Resize,
+    Select,
+    Tensor,
+)
 
 _WEIGHT_STD, _INPUT_RMS, _OUTPUT_STD = 73.0, 80.0, 64.0
 """Of uniform weights in -127 ... 127, of typical codes, and the spread of output codes aimed at: some values saturate."""
@@ -52,8 +68,9 @@ class GraphBuilder:
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
         relu: bool = True,
+        fmt: FixedPointFormat | None = None,
     ) -> str:
-        """A convolution; `padding` None keeps the size at stride 1."""
+        """A convolution; `padding` None keeps the size at stride 1, `fmt` is the output format instead of a chosen one."""
         channels, *size = self.tensors[x].shape
         span = [dilation[i] * (kernel[i] - 1) for i in (0, 1)]
         top, left, bottom, right = padding or (span[0] // 2, span[1] // 2, span[0] - span[0] // 2, span[1] - span[1] // 2)
@@ -61,7 +78,7 @@ class GraphBuilder:
         columns = (size[1] + left + right - span[1] - 1) // stride[1] + 1
         name = f"conv{len(self.ops)}"
         weight_frac = self._constants(name, x, (n_out, channels // groups, *kernel))
-        fmt = self._activation(_OUTPUT_FRAC + self._jitter(), relu)
+        fmt = fmt or self._activation(_OUTPUT_FRAC + self._jitter(), relu)
         op = Conv(name, x, f"{name}.weight", f"{name}.bias", weight_frac, stride, (top, left, bottom, right), dilation, groups, relu)
         return self._append(op, (n_out, rows, columns), fmt)
 
@@ -81,6 +98,37 @@ class GraphBuilder:
         """A residual addition; the result has the coarser operand's fraction, or one bit less."""
         fmt = self._activation(min(self._frac(left), self._frac(right)) - int(self.rng.integers(2)) + self._jitter(), relu)
         return self._append(Add(f"add{len(self.ops)}", left, right, relu), self.tensors[left].shape, fmt)
+
+    def mul(self, left: str, right: str, fmt: FixedPointFormat | None = None) -> str:
+        """A product, or a gate [c, 1, 1] on the right; signed where an operand is."""
+        formats = [self.tensors[name].format for name in (left, right)]
+        signed = any(each.signed for each in formats)
+        fmt = fmt or FixedPointFormat(8, sum(each.frac for each in formats) - 7 + self._jitter(), signed)
+        return self._append(Mul(f"mul{len(self.ops)}", left, right), self.tensors[left].shape, fmt)
+
+    def lookup(self, x: str, fmt: FixedPointFormat | None = None) -> str:
+        """A random function whose values are anywhere in the output format (signed unless `fmt` says otherwise)."""
+        fmt = fmt or FixedPointFormat(8, _OUTPUT_FRAC + self._jitter(), signed=True)
+        name = f"lookup{len(self.ops)}"
+        self.constants[f"{name}.table"] = self.rng.integers(fmt.min_code, fmt.max_code + 1, 256).astype(np.int16)
+        return self._append(Lookup(name, x, f"{name}.table"), self.tensors[x].shape, fmt)
+
+    def concat(self, *xs: str) -> str:
+        """Tensors of one format side by side along the channels."""
+        shapes = [self.tensors[x].shape for x in xs]
+        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return self._append(Concat(f"concat{len(self.ops)}", xs), shape, self.tensors[xs[0]].format)
+
+    def select(self, x: str, index: tuple[int, ...]) -> str:
+        """Channels by number."""
+        source = self.tensors[x]
+        return self._append(Select(f"select{len(self.ops)}", x, index), (len(index), *source.shape[1:]), source.format)
+
+    def resize(self, x: str, factor: tuple[int, int]) -> str:
+        """Nearest-neighbour enlargement."""
+        channels, rows, columns = self.tensors[x].shape
+        shape = (channels, rows * factor[0], columns * factor[1])
+        return self._append(Resize(f"resize{len(self.ops)}", x, factor), shape, self.tensors[x].format)
 
     def max_pool(self, x: str, kernel: tuple[int, int] = (3, 3), padding: tuple[int, int, int, int] = (1, 1, 1, 1)) -> str:
         """A max-pool of stride 2."""

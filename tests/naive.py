@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeft.fixedpoint import FixedPointFormat
-from edgeft.graph import Add, Conv, Flatten, GlobalPool, IntegerGraph, Linear, MaxPool, Op
+from edgeft.graph import Add, Concat, Conv, Flatten, GlobalPool, IntegerGraph, Linear, Lookup, MaxPool, Mul, Op, Resize, Select
 
 Codes = NDArray[np.int64]
 
@@ -47,6 +47,19 @@ def _element(graph: IntegerGraph, op: Op, codes: dict[str, Codes], index: tuple[
         case Add():
             value = sum(Fraction(int(codes[name][index])) / Fraction(2) ** graph.format(name).frac for name in (op.left, op.right))
             return requantize(int(value * 2**64), 64, fmt, op.relu)
+        case Mul():
+            gate = index if graph.tensors[op.right].shape == graph.tensors[op.left].shape else (index[0], *[0] * (len(index) - 1))
+            product_frac = graph.format(op.left).frac + graph.format(op.right).frac
+            return requantize(int(codes[op.left][index]) * int(codes[op.right][gate]), product_frac, fmt, False)
+        case Lookup():
+            inputs = range(graph.format(op.input).min_code, graph.format(op.input).max_code + 1)
+            return int(dict(zip(inputs, graph.constants[op.table], strict=True))[int(codes[op.input][index])])
+        case Concat():
+            return int([channel for name in op.inputs for channel in codes[name]][index[0]][index[1:]])
+        case Select():
+            return int(codes[op.input][op.index[index[0]]][index[1:]])
+        case Resize():
+            return int(codes[op.input][index[0], index[1] // op.factor[0], index[2] // op.factor[1]])
         case GlobalPool():
             total = sum(int(x) for x in codes[op.input][index[0]].flat)
             return requantize(total, graph.format(op.input).frac + op.divisor_log2, fmt, False)

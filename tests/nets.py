@@ -62,6 +62,59 @@ def depthwise_net(act: type[nn.Module] = nn.ReLU6) -> nn.Sequential:
     )
 
 
+class Gate(nn.Module):
+    """Squeeze-and-excite: the tensor times a gate per channel, computed from its mean."""
+
+    def __init__(self, channels: int, gate: nn.Module) -> None:
+        super().__init__()
+        self.reduce, self.expand, self.gate = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1), gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gated tensor."""
+        return x * self.gate(self.expand(nn.functional.relu(self.reduce(x.mean((2, 3), keepdim=True)))))
+
+
+class Shuffle(nn.Module):
+    """ShuffleNet-like: half of the channels pass by, the other half is convolved, both are concatenated and shuffled."""
+
+    def __init__(self, channels: int, act: type[nn.Module]) -> None:
+        super().__init__()
+        half = channels // 2
+        self.conv = nn.Sequential(conv_bn(half, half, 1, act=act), conv_bn(half, half, 3, groups=half, act=None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Channels shuffled in two groups."""
+        kept, changed = x.chunk(2, dim=1)
+        joined = torch.cat([kept, self.conv(changed)], 1)
+        n, c, h, w = joined.shape
+        return joined.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+class Pyramid(nn.Module):
+    """A coarse branch enlarged and added, then concatenated with a clipped, a rectified and a signed tensor."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.coarse = nn.Sequential(nn.AvgPool2d(2), conv_bn(channels, channels, 1, act=None), nn.Upsample(scale_factor=2, mode="nearest"))
+        self.clipped, self.signed = conv_bn(channels, 6, 1, act=nn.ReLU6), conv_bn(channels, 6, 1, act=None)
+        self.rectified = conv_bn(channels, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Channels of all three branches."""
+        x = x + self.coarse(x)
+        return torch.cat((self.clipped(x), self.rectified(x), self.signed(x)), dim=1)
+
+
+def mixed_net() -> nn.Sequential:
+    """Gates, tables, shuffles, slices, concatenations of mixed signs and clips, average pooling, enlargement, a convolution as head."""
+    return nn.Sequential(
+        conv_bn(3, 8, stride=2, act=nn.Hardswish), Gate(8, nn.Hardsigmoid()), conv_bn(8, 12, act=nn.SiLU), Gate(12, nn.Sigmoid()),
+        Shuffle(12, nn.GELU), Pyramid(12), nn.BatchNorm2d(18), nn.ReLU(), nn.AvgPool2d(3, 1, 1), nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(18, 5, 1),
+        nn.Flatten(),
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
     """Weights and batch-norm statistics drawn so that activations stay near one and channels differ in scale; eval mode."""

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from edgeft.registry import Entry, Registry
 
 SplitKind = Literal["train", "val", "id", "ood"]
+NO_LABEL = -1
+"""Label of an image that has none."""
 
 
 class ImageSource(Protocol):
@@ -41,6 +43,7 @@ class Dataset:
 
     `size` is the native square image size where there is one (rendered sets), `augment` the default augmentation and
     `notes` are lines about the data that the user should see (skipped files, classes without images in a shifted set).
+    `unlabelled` images, where there are any, belong to the training of the fixed-point net; their labels are NO_LABEL.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Dataset:
     size: int | None = None
     augment: Literal["none", "flip", "crop-flip"] = "none"
     notes: tuple[str, ...] = ()
+    unlabelled: Split | None = None
 
     @property
     def tests(self) -> tuple[Split, ...]:

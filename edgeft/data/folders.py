@@ -104,10 +104,10 @@ def _split(name: str, kind: SplitKind, tree: Tree, classes: Sequence[str], short
 
 def _listed_parts(root: Path, notes: list[str]) -> dict[str, Tree]:
     """Class folders of the parts that exist on disk: "train" alone, or with "val" and "test"."""
-    if not any(path.name == "train" and _holds_folders(path) for path in _entries(root)):
+    if not any(path.name == "train" and _holds_folders(path) for path in entries(root)):
         return {"train": _listed(root, notes)}
     present = [part for part in _PARTS if os.path.isdir(root / part)]
-    beside = [path.name for path in _entries(root) if path.name not in present]
+    beside = [path.name for path in entries(root) if path.name not in present]
     if beside:
         notes.append(f"ignored in '{root}' beside its split folders: {_names(beside)}")
     return {part: _listed(root / part, notes) for part in present}
@@ -115,17 +115,17 @@ def _listed_parts(root: Path, notes: list[str]) -> dict[str, Tree]:
 
 def _holds_folders(path: Path) -> bool:
     """Tells the split folder "train" from a class of that name, which holds images."""
-    return os.path.isdir(path) and any(os.path.isdir(inner) for inner in _entries(path))
+    return os.path.isdir(path) and any(os.path.isdir(inner) for inner in entries(path))
 
 
-def _entries(folder: Path) -> list[Path]:
-    """What a folder holds, sorted by name, without hidden and left-behind entries. Raises DataError."""
+def entries(folder: Path, expected: str = _LAYOUT) -> list[Path]:
+    """What a folder holds, sorted by name, without hidden and left-behind entries. Raises DataError that says what was expected."""
     try:
         found = sorted(folder.iterdir(), key=lambda path: path.name)
     except FileNotFoundError as error:
-        raise DataError(f"the folder '{folder}' does not exist", f"expected: {_LAYOUT}") from error
+        raise DataError(f"the folder '{folder}' does not exist", f"expected: {expected}") from error
     except NotADirectoryError as error:
-        raise DataError(f"'{folder}' is not a folder", f"expected: {_LAYOUT}") from error
+        raise DataError(f"'{folder}' is not a folder", f"expected: {expected}") from error
     except OSError as error:
         raise DataError(f"cannot read the folder '{folder}': {error.strerror}", "check its name and permissions") from error
     return [path for path in found if not path.name.startswith(".") and path.name.lower() not in _LEFT_BEHIND]
@@ -133,18 +133,18 @@ def _entries(folder: Path) -> list[Path]:
 
 def _listed(folder: Path, notes: list[str]) -> Tree:
     """Files of each class folder, not yet known to be images."""
-    entries = _entries(folder)
-    if not entries:
+    inside = entries(folder)
+    if not inside:
         raise DataError(f"the folder '{folder}' is empty", f"expected: {_LAYOUT}")
-    stray = [path.name for path in entries if not os.path.isdir(path)]
-    if len(stray) == len(entries):
-        images = [path.name for path in entries[:_CHUNK] if problem(path) is None]
+    stray = [path.name for path in inside if not os.path.isdir(path)]
+    if len(stray) == len(inside):
+        images = [path.name for path in inside[:_CHUNK] if problem(path) is None]
         what = f"but images directly in it ({_names(images)})" if images else f"only files ({_names(stray)})"
         raise DataError(f"'{folder}' has no class folders, {what}", f"expected: {_LAYOUT}")
     if stray:
         notes.append(f"ignored {_count(len(stray), 'file')} directly in '{folder}': {_names(stray)}")
     tree: Tree = {}
-    for path in entries:
+    for path in inside:
         if os.path.isdir(path):
             label = unicodedata.normalize("NFC", path.name)
             if label in tree:
@@ -154,16 +154,16 @@ def _listed(folder: Path, notes: list[str]) -> Tree:
 
 
 def _class_files(folder: Path, notes: list[str]) -> list[Path]:
-    entries = _entries(folder)
-    inner = [path.name for path in entries if os.path.isdir(path)]
-    if inner and len(inner) == len(entries):
+    inside = entries(folder)
+    inner = [path.name for path in inside if os.path.isdir(path)]
+    if inner and len(inner) == len(inside):
         raise DataError(
             f"'{folder}' holds folders ({_names(inner)}) where images of a class were expected",
             f"give the folder whose sub-folders are the classes, for example '{folder}'",
         )
     if inner:
         notes.append(f"ignored {_count(len(inner), 'folder')} inside the class folder '{folder}': {_names(inner)}")
-    return [path for path in entries if not os.path.isdir(path)]
+    return [path for path in inside if not os.path.isdir(path)]
 
 
 # Checking: every file once
@@ -172,9 +172,15 @@ def _class_files(folder: Path, notes: list[str]) -> list[Path]:
 def _checked(parts: Mapping[str, Tree], root: Path, notes: list[str], progress: Progress) -> dict[str, Tree]:
     """The same trees without undecodable files, which are noted. Raises DataError where they are more than MAX_UNREADABLE."""
     paths = [path for tree in parts.values() for files in tree.values() for path in files]
+    good = set(readable(paths, root, notes, progress))
+    return {part: {label: [path for path in files if path in good] for label, files in tree.items()} for part, tree in parts.items()}
+
+
+def readable(paths: Sequence[Path], root: Path, notes: list[str], progress: Progress) -> list[Path]:
+    """The files inside `root` that can be decoded; the others are noted. Raises DataError where they are more than MAX_UNREADABLE."""
     bad = {path: reason for path, reason in zip(paths, _problems(paths, root, progress), strict=True) if reason is not None}
     if not bad:
-        return dict(parts)
+        return list(paths)
     lines = [f"{path.relative_to(root).as_posix()} ({reason})" for path, reason in bad.items()]
     more = f"; and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
     count, listed = f"{len(bad)} of {len(paths)} files in '{root}'", "; ".join(lines[:_LISTED]) + more
@@ -182,7 +188,7 @@ def _checked(parts: Mapping[str, Tree], root: Path, notes: list[str], progress: 
         hint = f"at most {MAX_UNREADABLE:.0%} may be unreadable: remove or convert them, or check the folder"
         raise DataError(f"{count} cannot be read as images: {listed}", hint)
     notes.append(f"skipped {count} that cannot be read as images: {listed}")
-    return {part: {label: [path for path in files if path not in bad] for label, files in tree.items()} for part, tree in parts.items()}
+    return [path for path in paths if path not in bad]
 
 
 def _problems(paths: Sequence[Path], root: Path, progress: Progress) -> list[str | None]:

@@ -5,6 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from edgeft.config import Config
 from edgeft.data import DATASETS, Dataset, ImageSource, Split
 from edgeft.data.decode import SHORT_SIDE
 from edgeft.data.preprocess import REDUCING_GAP, Augmentation, Preprocessing, augment, mirror, prepare, shrink
+from edgeft.data.unlabelled import load_unlabelled
 from edgeft.errors import ConfigError, DataError
 from edgeft.progress import Progress
 from edgeft.registry import nearest
@@ -28,12 +30,33 @@ Form = Literal["shrunk", "prepared"]
 """What is kept of an image: its pixels for random crops, or the finished network input."""
 
 
-def load_dataset(config: Config, progress: Progress | None = None) -> Dataset:
+def load_dataset(config: Config, progress: Progress | None = None, *, training: bool = True) -> Dataset:
     """The dataset that `data.source` names: a registered one, drawn by the run's seed, or a class-per-folder tree.
 
-    A registered name wins over a folder of the same name (write "./shapes" for the folder). Raises ConfigError for an
-    unknown name and for shifted folders beside a registered dataset, DataError for a folder that does not fit.
+    A registered name wins over a folder of the same name (write "./shapes" for the folder). With `training`, the images of
+    quant.unlabelled are in it. Raises ConfigError for an unknown name and for shifted folders beside a registered dataset, DataError
+    for a folder that does not fit.
     """
+    dataset = _labelled(config, progress)
+    if not (training and config.quant.unlabelled):
+        return dataset
+    split, notes = load_unlabelled(config.quant.unlabelled, _short_side(config), progress or Progress(enabled=False))
+    return replace(dataset, unlabelled=split, notes=(*dataset.notes, *notes, *_also_tested(config)))
+
+
+def _short_side(config: Config) -> int:
+    return max(SHORT_SIDE, REDUCING_GAP * (config.data.size or 0))
+
+
+def _also_tested(config: Config) -> list[str]:
+    """A line for each shifted test set that holds images of quant.unlabelled."""
+    given = [folder.expanduser().resolve() for folder in config.quant.unlabelled]
+    tested = {text: Path(text.rpartition("=")[2]).expanduser().resolve() for text in config.data.ood}
+    shared = [text for text, path in tested.items() if any(path == one or path in one.parents or one in path.parents for one in given)]
+    return [f"shifted test set '{text}': images of it, without labels, take part in training (quant.unlabelled)" for text in shared]
+
+
+def _labelled(config: Config, progress: Progress | None) -> Dataset:
     data = config.data
     named = [name for name in DATASETS.names() if name != _FOLDERS]
     if data.source in named:
@@ -56,7 +79,7 @@ def load_dataset(config: Config, progress: Progress | None = None) -> Dataset:
         seed=config.seed,
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,
-        short_side=max(SHORT_SIDE, REDUCING_GAP * (data.size or 0)),
+        short_side=_short_side(config),
         progress=progress,
     )
     return loaded

@@ -71,7 +71,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
 def main() -> None:
     """Train, then write the weights with the facts needed to make them again."""
     parser = argparse.ArgumentParser(description="Pretrain edgeft_micro on generated shapes.")
-    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps of 128 images (default 3000)")
+    parser.add_argument("--steps", type=int, default=7000, help="optimiser steps of 128 images (default 7000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the images (default 0)")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch; part of what makes the bytes (default 1)")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")

@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeft.quant.f8net import spread
-from edgeft.quant.fakequant import RoundPerChannel, RoundSaturate, RoundToGrid, mask_bounds, power_of_two, round_constant
+from edgeft.quant.fakequant import (
+    Derived,
+    RoundFused,
+    RoundPerChannel,
+    RoundSaturate,
+    RoundToGrid,
+    has_fused_kernels,
+    mask_bounds,
+    power_of_two,
+    round_constant,
+)
 
 
 class FixedPointQuant(nn.Module):
@@ -44,8 +54,7 @@ class FixedPointQuant(nn.Module):
         self.register_buffer("moves", torch.zeros((), dtype=torch.int64))  # changes of the format during training
         self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # count, sum, sum of squares of what was observed
         self.observing = False
-        self._seen: tuple[Tensor | None, int] = (None, -1)
-        self._constants: tuple[float, ...] = ()
+        self._powers, self._constants = Derived(), Derived()  # formats change rarely
 
     frac: Tensor
     running_sigma: Tensor
@@ -54,41 +63,40 @@ class FixedPointQuant(nn.Module):
     bits: Tensor
     zero: Tensor
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy's buffers count their versions anew, so the copy must not trust what this one has seen.
-        return {**self.__dict__, "_seen": (None, -1)}
-
-    def _refresh(self) -> None:
-        # Formats change rarely: the Python floats that the kernel needs are derived only when the buffer was written.
-        if self._seen[0] is not self.frac or self._seen[1] != self.frac._version:
-            if self.frac.ndim == 0:
-                frac = int(self.frac.item())
-                step = 2.0**-frac
-                bounds = mask_bounds(self.low, self.high, frac, relu=self.relu)
-                self._constants = (self.low * step, self.high * step, round_constant(frac), *bounds)
-            self._seen = (self.frac, self.frac._version)
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Value, scale 2^-frac, zero point 0 and bit width 8, as Brevitas' proxies expect."""
-        self._refresh()
         if self.observing and torch.is_grad_enabled():  # training data only: validation runs without gradients
             self._observe(x.detach())
-        if self.frac.ndim:
-            value = RoundPerChannel.apply(x, power_of_two(self.frac.view(-1, *[1] * (x.ndim - 1))), self.low, self.high)
+        scale, step = self._powers.get(self.frac, _powers)
+        x = x.float()  # autocast may bring half precision, in which neither way of rounding is exact
+        if has_fused_kernels(x.device):
+            value = RoundFused.apply(x, scale, step, self.low, self.high, self.relu)
+        elif self.frac.ndim:
+            value = RoundPerChannel.apply(x, scale, self.low, self.high)
         else:
-            value = RoundSaturate.apply(x.float(), *self._constants)
-        return value, power_of_two(-self.frac), self.zero, self.bits
+            value = RoundSaturate.apply(x, *self._constants.get(self.frac, self._kernel_constants))
+        return value, step, self.zero, self.bits
+
+    def _kernel_constants(self, buffer: Tensor) -> tuple[float, ...]:
+        frac = int(buffer.item())
+        step = 2.0**-frac
+        return self.low * step, self.high * step, round_constant(frac), *mask_bounds(self.low, self.high, frac, relu=self.relu)
 
     def _observe(self, x: Tensor) -> None:
         # Weights are read whole; activations are sampled along the batch (a view: no copy, any memory format).
-        sample = (x if self.weights else x[:: max(1, x.shape[0] // 8)]).double()
-        self.moments += torch.stack((sample.new_tensor(float(sample.numel())), sample.sum(), sample.square().sum()))
+        sample = x if self.weights else x[:: max(1, x.shape[0] // 8)]
+        squares = torch.linalg.vector_norm(sample, dtype=torch.float64).square()
+        self.moments += torch.stack((squares.new_tensor(float(sample.numel())), sample.sum(dtype=torch.float64), squares))
 
     def take_sigma(self) -> float:
         """Deviation (`f8net.spread`) of everything observed since the last call, NaN when nothing was; clears the sums."""
         n, total, squares = self.moments.tolist()
         self.moments.zero_()
         return spread(total / n, max(squares / n - (total / n) ** 2, 0.0) ** 0.5, relu=self.relu) if n else math.nan
+
+
+def _powers(frac: Tensor) -> tuple[Tensor, Tensor]:
+    return power_of_two(frac), power_of_two(-frac)
 
 
 class _Body(PerTensorPoTScaling8bit):  # type: ignore[misc]  # Brevitas' injectors are untyped metaclass magic
@@ -135,6 +143,7 @@ class _FixedPointLayer:
     bias: Tensor
     weight_quant: Any
     bias_frac: Tensor
+    _bias_powers: Derived
 
     @property
     def body(self) -> FixedPointQuant:
@@ -149,7 +158,7 @@ class _FixedPointLayer:
 
     def rounded_bias(self) -> Tensor:
         """Bias rounded to 2^-(frac_x + frac_w), the accumulator's grid; straight-through gradient."""
-        bias: Tensor = RoundToGrid.apply(self.bias, power_of_two(self.bias_frac))
+        bias: Tensor = RoundToGrid.apply(self.bias, self._bias_powers.get(self.bias_frac, power_of_two))
         return bias
 
 
@@ -192,8 +201,10 @@ class FixedPointLinear(_FixedPointLayer, qnn.QuantLinear):  # type: ignore[misc]
 
 
 def _fill(layer: Any, weight: Tensor, bias: Tensor) -> None:
-    # In place: assigning a new Parameter makes Brevitas rebuild the quantizer body.
-    layer.weight.data.copy_(weight)
+    # Not by assigning a new Parameter, which makes Brevitas rebuild the quantizer body. In the activations' memory format, or every
+    # convolution would reorder the weight, and its gradient back.
+    layer.weight.data = weight.detach().clone(memory_format=torch.channels_last if weight.ndim == 4 else torch.contiguous_format)
     layer.bias.data.copy_(bias)
     layer.register_buffer("bias_frac", torch.zeros(weight.shape[0]))
+    layer._bias_powers = Derived()
     layer.weight_quant.skip_create_quant_tensor = True

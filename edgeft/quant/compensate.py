@@ -7,11 +7,15 @@ from torch.nn import functional as F
 from edgeft.quant.plan import ConvStep, LinearStep
 
 DAMPING = 0.01
-"""Share of the mean diagonal added to the Hessian."""
+"""Share of the mean diagonal added to the Hessian, where there are columns enough."""
 POSITIONS = 48
 """Output positions sampled from each calibration image."""
-RIDGE = 0.1
-"""Share of the mean diagonal that holds refitted weights near the given ones."""
+RIDGES = (0.1, 1.0, 10.0)
+"""Shares of the mean diagonal that may hold refitted weights near the given ones."""
+HELD_OUT = 4
+"""One in this many columns, all of other images, judges a refit."""
+FEW = 8
+"""Columns per weight below which damping grows: a rank-deficient Hessian has directions that cost nothing only on these columns."""
 DOUBLE_UP_TO = 1024
 """Weights per output up to which float64 is used. Beyond, its cubic cost outweighs what it gains: damping bounds the condition number."""
 BLOCK = 128
@@ -47,18 +51,30 @@ def centred(inputs: Tensor) -> Tensor:
 def refit(weight: Tensor, inputs: Tensor, exact: Tensor) -> Tensor:
     """Weights that give the float outputs from *quantized* inputs: ridge regression of the remaining error onto the inputs.
 
-    weight [out, ...]; inputs and exact [groups, k, samples], centred, the quantized and the float columns.
+    weight [out, ...]; inputs and exact [groups, k, samples], centred, the quantized and the float columns in the order of images. The
+    ridge is the one of `RIDGES` with the least error on the last columns, fitted on those before; the given weights stay where that
+    does not lower their error.
     """
-    groups, k, _ = inputs.shape
+    groups, k, n = inputs.shape
     dtype = _precision(k)
     w, x = weight.reshape(groups, -1, k).to(dtype), inputs.to(dtype)
     error = w @ (exact.to(dtype) - x)
+    n_fit = n - n // HELD_OUT
+    held, wanted = x[:, :, n_fit:], error[:, :, n_fit:]
+    changes = [_ridge(x[:, :, :n_fit], error[:, :, :n_fit], ridge) for ridge in RIDGES] if n_fit < n else []
+    losses = [float(wanted.square().sum()), *(float((wanted - change @ held).square().sum()) for change in changes)]
+    best = losses.index(min(losses))
+    refitted = w if best == 0 else w + _ridge(x, error, RIDGES[best - 1])
+    return refitted.reshape(weight.shape).to(weight.dtype)
+
+
+def _ridge(x: Tensor, error: Tensor, ridge: float) -> Tensor:
+    """Change of weights [groups, rows, k] that predicts `error` [groups, rows, n] from `x` [groups, k, n]."""
     hessian = x @ x.transpose(1, 2)
     mean = hessian.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
-    hessian.diagonal(dim1=1, dim2=2).add_(RIDGE * mean[:, None])
-    change = torch.cholesky_solve(x @ error.transpose(1, 2), torch.linalg.cholesky(hessian)).transpose(1, 2)
-    refitted: Tensor = w + change
-    return refitted.reshape(weight.shape).to(weight.dtype)
+    hessian.diagonal(dim1=1, dim2=2).add_(ridge * mean[:, None])
+    change: Tensor = torch.cholesky_solve(x @ error.transpose(1, 2), torch.linalg.cholesky(hessian)).transpose(1, 2)
+    return change
 
 
 def compensate_rounding(weight: Tensor, scale: Tensor, inputs: Tensor, max_code: int) -> Tensor:
@@ -73,7 +89,7 @@ def compensate_rounding(weight: Tensor, scale: Tensor, inputs: Tensor, max_code:
     s = scale.to(dtype).expand(weight.shape[0]).reshape(groups, -1, 1)
     hessian = (inputs @ inputs.transpose(1, 2)).to(dtype)
     mean = hessian.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
-    hessian.diagonal(dim1=1, dim2=2).add_(DAMPING * mean[:, None] + 1e-12)
+    hessian.diagonal(dim1=1, dim2=2).add_(DAMPING * max(1.0, FEW * k / inputs.shape[2]) * mean[:, None] + 1e-12)
     order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
     rows = order.unsqueeze(1).expand(-1, w.shape[1], -1)
     w = w.gather(2, rows)

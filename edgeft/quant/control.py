@@ -7,8 +7,9 @@ import torch
 from edgeft.config import QuantConfig
 from edgeft.quant.brevitas_bridge import FixedPointQuant
 from edgeft.quant.f8net import SIGNED_STD, octaves, std_constant
+from edgeft.quant.formats import Point
 from edgeft.quant.net import FixedPointNet
-from edgeft.quant.plan import GlobalPoolStep
+from edgeft.quant.plan import ConvStep, TableStep
 from edgeft.quant.rescale import IMAGE_NORM
 from edgeft.quant.statistics import weight_spread
 
@@ -18,16 +19,16 @@ class FormatControl:
 
     Every `update_every` steps sigma is measured and averaged (sigma itself, not the floored fraction, which would stick in a
     limit cycle). A fraction moves only when sigma is past its threshold by `hysteresis` octaves, at most by one, and never
-    after `freeze_at` of the steps. Only the rule `std` moves: the other two chose by an error that needs the float tensors.
+    after `freeze_at` of the steps. Only the rule `std` moves: the others chose by an error that needs the float tensors. With
+    headroom, activations get no finer than calibration made them: training images do not show what the room is for.
     """
 
     def __init__(self, net: FixedPointNet, config: QuantConfig, sigmas: dict[str, float]) -> None:
         self.net = net
         self.config = config
-        # Pools of rectified values were chosen by their root mean square; a deviation says nothing about them.
-        self.points = {p.name: std_constant(p.format, relu=p.relu) for p in net.points
-                       if p.name != IMAGE_NORM and not (isinstance(net.plan[p.name], GlobalPoolStep) and not p.format.signed)}  # fmt: skip
-        layers = [step.name for step in net.plan.weighted() if step.name != IMAGE_NORM]
+        self.points = {p.name: std_constant(p.format, relu=p.relu) for p in net.points if _follows_deviation(net, p)}
+        self.ceilings = {p.name: net.frac(p.name) for p in net.points} if config.headroom != "none" else {}
+        layers = [step.name for step in net.plan.weighted() if not (isinstance(step, ConvStep) and step.fixed)]
         self.layers = [name for name in layers if net.layer(name).body.frac.ndim == 0]
         for name in self.points:
             _remember(net.quantizer(name).body, sigmas[name])
@@ -63,7 +64,7 @@ class FormatControl:
         for name, constant in self.points.items():
             sigma = self._average(self.net.quantizer(name).body)
             proposals[name] += self._move(proposals[name], constant, sigma)
-        self.net.set_fracs(proposals)
+        self.net.set_fracs({name: min(frac, self.ceilings.get(name, frac)) for name, frac in proposals.items()})
         for name in self.layers:
             (frac,) = self.net.weight_fracs(name)
             sigma = self._average(self.net.layer(name).body)
@@ -84,6 +85,16 @@ class FormatControl:
         if wanted < frac - self.config.hysteresis:
             return -1
         return int(wanted >= frac + 1 + self.config.hysteresis)
+
+
+def _follows_deviation(net: FixedPointNet, point: Point) -> bool:
+    """Whether the rule chose a tensor's format by its deviation.
+
+    Not those of functions, chosen by error, nor averages and products of rectified values, chosen by their root mean square.
+    """
+    step = net.plan[point.name]
+    pool = not point.format.signed and not point.relu
+    return point.name != IMAGE_NORM and not pool and not isinstance(step, TableStep)
 
 
 def _remember(body: FixedPointQuant, sigma: float) -> None:

@@ -1,13 +1,16 @@
 """LayerFormats and FormatTable; which tensors must agree, and how far a fraction may go. No torch."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from edgeft.fixedpoint import FixedPointFormat
 
 MAX_SHIFT = {False: 16, True: 17}
 """Largest right shift (by signedness of the output) at which an accumulator beyond float32's exact range saturates anyway."""
+
+CLIP_FRAC = {"u8": 5, "s8": 4}
+"""Fraction at which the top code means the (rescaled) ReLU6 bound, by profile: 255/32 or 127/16."""
 
 
 def activation_format(profile: str, *, relu: bool, frac: int) -> FixedPointFormat:
@@ -44,20 +47,28 @@ class LayerFormats:
 
 @dataclass(frozen=True)
 class FormatTable:
-    """Everything that was chosen: `rule`, per-layer formats, and each activation's format with the deviation it was chosen from."""
+    """Everything that was chosen: `rule`, per-layer formats, and each activation's format with the deviation it was chosen from.
+
+    `choices` says for "layers" and "activations" by name why calibration chose what it did, and what the neighbours would have cost.
+    """
 
     rule: str
     granularity: str
     layers: dict[str, LayerFormats]
     activations: dict[str, FixedPointFormat]
     sigmas: dict[str, float]
+    choices: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, the content of formats.json."""
+        layers, activations = self.choices.get("layers", {}), self.choices.get("activations", {})
         return {
             "rule": self.rule, "granularity": self.granularity,
-            "layers": {name: layer.to_json() for name, layer in self.layers.items()},
-            "activations": {name: {"format": str(fmt), "sigma": self.sigmas.get(name)} for name, fmt in self.activations.items()},
+            "layers": {name: layer.to_json() | layers.get(name, {}) for name, layer in self.layers.items()},
+            "activations": {
+                name: {"format": str(fmt), "sigma": self.sigmas.get(name)} | activations.get(name, {})
+                for name, fmt in self.activations.items()
+            },
         }  # fmt: skip
 
     def summary(self) -> str:
@@ -116,7 +127,8 @@ class Groups:
 class Point:
     """An activation whose format is chosen.
 
-    `min_frac` bounds it from below (a ReLU6 clip); `carried` marks members of a residual group that run along the identity
+    `min_frac` bounds it from below (a ReLU6 clip); points with the same `shared` must have the same format, because their codes are
+    concatenated; `carried` marks members of a residual group that run along the identity
     path, the others are operands that only one addition reads.
     """
 
@@ -124,6 +136,7 @@ class Point:
     format: FixedPointFormat
     relu: bool
     min_frac: int | None
+    shared: str
     group: int | None
     carried: bool
 
@@ -131,18 +144,26 @@ class Point:
 def resolve(points: Sequence[Point], proposals: dict[str, int]) -> dict[str, int]:
     """Fractions that satisfy all constraints, from what a rule proposes for each tensor alone.
 
-    Members of a residual group share the smallest fraction proposed along the identity path, so that additions round
-    nothing; a branch operand may be coarser, never finer (finer would round twice). ReLU6 tensors keep their clip even
-    where that makes them finer than their group: the sums around them have no clip, and would saturate at it.
+    Tensors that share a format take the smallest fraction that one of them needs. Members of a residual group share the smallest
+    fraction proposed along the identity path, so that additions round nothing; a branch operand may be coarser, never finer (finer
+    would round twice). ReLU6 tensors keep their clip even where that makes them finer than their group: the sums around them have
+    no clip, and would saturate at it.
     """
-    shared: dict[int, int] = {}
+    members: dict[str, list[Point]] = {}
     for point in points:
-        if point.group is not None and point.carried:
-            shared[point.group] = min(shared.get(point.group, proposals[point.name]), proposals[point.name])
+        members.setdefault(point.shared, []).append(point)
+    needed = {shared: min(proposals[p.name] for p in same) for shared, same in members.items()}
+    carried = {shared: any(p.carried for p in same) for shared, same in members.items()}
+    along: dict[int, int] = {}
+    for shared, same in members.items():
+        group = same[0].group
+        if group is not None and carried[shared]:
+            along[group] = min(along.get(group, needed[shared]), needed[shared])
     fracs = {}
-    for point in points:
-        frac = proposals[point.name]
-        if point.group is not None:
-            frac = shared[point.group] if point.carried else min(frac, shared[point.group])
-        fracs[point.name] = max(frac, point.min_frac) if point.min_frac is not None else frac
-    return fracs
+    for shared, same in members.items():
+        frac, group = needed[shared], same[0].group
+        if group is not None:
+            frac = along[group] if carried[shared] else min(frac, along.get(group, frac))
+        floors = [p.min_frac for p in same if p.min_frac is not None]
+        fracs.update({p.name: max(frac, *floors) if floors else frac for p in same})
+    return {point.name: fracs[point.name] for point in points}

@@ -7,24 +7,44 @@ import torch
 from numpy.typing import NDArray
 
 from edgeft.errors import UnsupportedError
-from edgeft.fixedpoint import FixedPointFormat
+from edgeft.fixedpoint import FixedPointFormat, quantize
 from edgeft.graph import (
     FLOAT32_EXACT,
     INT32_LIMIT,
     Add,
+    Concat,
     Conv,
     Flatten,
     GlobalPool,
     IntegerGraph,
     Linear,
+    Lookup,
     MaxPool,
+    Mul,
     Op,
+    Resize,
+    Select,
     Tensor,
     accumulator_bound,
 )
 from edgeft.quant.formats import MAX_SHIFT, FormatTable, LayerFormats, weight_format
 from edgeft.quant.net import FixedPointNet
-from edgeft.quant.plan import IMAGE, AddStep, ConvStep, FlattenStep, GlobalPoolStep, LinearStep, MaxPoolStep, Step, Weighted
+from edgeft.quant.plan import (
+    IMAGE,
+    AddStep,
+    ConcatStep,
+    ConvStep,
+    FlattenStep,
+    GlobalPoolStep,
+    LinearStep,
+    MaxPoolStep,
+    MulStep,
+    ResizeStep,
+    SelectStep,
+    Step,
+    TableStep,
+    Weighted,
+)
 from edgeft.quant.rescale import image_format
 
 MAX_NARROWING = 8
@@ -112,6 +132,19 @@ def _lower_step(net: FixedPointNet, step: Step, constants: dict[str, NDArray[Any
             return Conv(step.name, source, weight, bias, fracs, step.stride, step.padding, step.dilation, step.groups, step.relu)
         case AddStep():
             return Add(step.name, source, step.inputs[1], step.relu)
+        case MulStep():
+            return Mul(step.name, source, step.inputs[1])
+        case ConcatStep():
+            return Concat(step.name, step.inputs)
+        case SelectStep():
+            return Select(step.name, source, step.index)
+        case ResizeStep():
+            return Resize(step.name, source, step.factor)
+        case TableStep():
+            constants[f"{step.name}.table"] = quantize(net.table(step.name).values.cpu().double().numpy(), net.format(step.name)).astype(
+                np.int16
+            )
+            return Lookup(step.name, source, f"{step.name}.table")
         case MaxPoolStep():
             return MaxPool(step.name, source, step.kernel, step.stride, step.padding)
         case GlobalPoolStep():
@@ -121,8 +154,10 @@ def _lower_step(net: FixedPointNet, step: Step, constants: dict[str, NDArray[Any
     raise UnsupportedError(f"layer '{step.name}' ({type(step).__name__}) has no integer form")
 
 
-def format_table(net: FixedPointNet, graph: IntegerGraph, rule: str, granularity: str, sigmas: dict[str, float]) -> FormatTable:
-    """What was chosen for every layer and activation, for the artifact and the report."""
+def format_table(
+    net: FixedPointNet, graph: IntegerGraph, rule: str, granularity: str, sigmas: dict[str, float], choices: dict[str, Any] | None = None
+) -> FormatTable:
+    """What was chosen for every layer and activation, and why where `choices` has it, for the artifact and the report."""
     layers = {}
     for op in graph.ops:
         if isinstance(op, Conv | Linear):
@@ -132,4 +167,4 @@ def format_table(net: FixedPointNet, graph: IntegerGraph, rule: str, granularity
             weights = tuple(weight_format(frac) for frac in op.weight_frac)
             layers[op.output] = LayerFormats(weights, graph.format(op.input), output, sigma, bits)
     activations = {p.name: graph.format(p.name) for p in net.points}
-    return FormatTable(rule, granularity, layers, activations, sigmas)
+    return FormatTable(rule, granularity, layers, activations, sigmas, choices or {})

@@ -2,20 +2,17 @@
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgeft.errors import VerificationError
 from edgeft.fixedpoint import FixedPointFormat
 from edgeft.quant.brevitas_bridge import ActivationQuant, FixedPointConv2d, FixedPointLinear
-from edgeft.quant.formats import MAX_SHIFT, Groups, Point, activation_format, resolve
-from edgeft.quant.plan import IMAGE, AddStep, ConvStep, FlattenStep, GlobalPoolStep, LinearStep, MaxPoolStep, Plan, Step, run_step
-from edgeft.quant.rescale import CLIP_FRAC, image_format
-from edgeft.runner import Images, Logits
+from edgeft.quant.formats import MAX_SHIFT, activation_format, resolve
+from edgeft.quant.lookup import Table
+from edgeft.quant.plan import IMAGE, ConvStep, LinearStep, Plan, Step, TableStep, run_step
+from edgeft.quant.points import Storage, find_points, has_quantizer
+from edgeft.quant.rescale import image_format
 
 Layer = FixedPointConv2d | FixedPointLinear
 MAX_ACTIVATION_FRAC = 24
@@ -37,48 +34,25 @@ class FixedPointNet(nn.Module):
         super().__init__()
         self.plan = plan
         self.profile = profile
+        self.storage = Storage(plan, profile)
         self.layers = nn.ModuleDict()
+        self.tables = nn.ModuleDict()
         self.quantizers = nn.ModuleDict()
         for step in plan.steps:
             if isinstance(step, ConvStep):
                 layer = FixedPointConv2d(step.weight, step.bias, step.stride, step.padding, step.dilation, step.groups,
                                          per_channel=per_channel and not step.fixed)  # fmt: skip
                 layer.requires_grad_(not step.fixed)
+                layer.register_buffer("norm", step.norm)  # kept here so that a restored net has it in its own units
                 self.layers[module_key(step.name)] = layer
             elif isinstance(step, LinearStep):
                 self.layers[module_key(step.name)] = FixedPointLinear(step.weight, step.bias)
-        self.points = tuple(self._points())
+            elif isinstance(step, TableStep):
+                self.tables[module_key(step.name)] = Table(step.function, step.input_gain, step.output_gain)
+        self.points = tuple(find_points(self.storage))
         for point in self.points:
             self.quantizers[module_key(point.name)] = ActivationQuant(signed=point.format.signed, relu=point.relu)
         self._last_use = plan.last_use()
-
-    def _points(self) -> Iterator[Point]:
-        groups = Groups.of(self.plan.steps, AddStep, MaxPoolStep, FlattenStep)
-        in_additions = {groups.find(step.name) for step in self.plan.steps if isinstance(step, AddStep)}
-        numbers = {root: i for i, root in enumerate(sorted(in_additions))}
-        for step in self.plan.steps:
-            if not has_quantizer(step) or step.name == self.plan.output:
-                continue
-            readers = [reader for name in self._aliases(step.name) for reader in self.plan.consumers(name) if is_real(reader)]
-            carried = isinstance(step, AddStep) or len(readers) > 1
-            fmt = activation_format(self.profile, relu=self._nonnegative(step.name), frac=0)
-            yield Point(
-                step.name, fmt, step.relu, CLIP_FRAC[self.profile] if step.clip is not None else None,
-                numbers.get(groups.find(step.name)), carried,
-            )  # fmt: skip
-
-    def _aliases(self, name: str) -> list[str]:
-        """The tensor and everything that only moves its codes around."""
-        moved = [step.name for step in self.plan.consumers(name) if not has_quantizer(step)]
-        return [name, *(alias for child in moved for alias in self._aliases(child))]
-
-    def _nonnegative(self, name: str) -> bool:
-        step = self.plan.producer(name)
-        if step is None:
-            return not self.plan.signed_image
-        if isinstance(step, MaxPoolStep | FlattenStep | GlobalPoolStep):
-            return self._nonnegative(step.inputs[0])
-        return step.relu
 
     def layer(self, name: str) -> Layer:
         """The Brevitas layer of a step."""
@@ -92,22 +66,23 @@ class FixedPointNet(nn.Module):
         assert isinstance(quantizer, ActivationQuant)
         return quantizer
 
-    def source(self, name: str) -> str:
-        """The tensor whose codes `name` holds: itself, or the input of the pool or flattening that only moves them."""
-        step = self.plan.producer(name)
-        return name if step is None or has_quantizer(step) else self.source(step.inputs[0])
+    def table(self, name: str) -> Table:
+        """The look-up of a table step."""
+        table = self.tables[module_key(name)]
+        assert isinstance(table, Table)
+        return table
 
     def frac(self, name: str) -> int:
         """Current fraction of an activation (any tensor but the logits)."""
-        name = self.source(name)
+        name = self.storage.sources(name)[0]
         return image_format(self.plan).frac if name == IMAGE else int(self.quantizer(name).body.frac.item())
 
     def format(self, name: str) -> FixedPointFormat:
         """Current format of an activation (any tensor but the logits)."""
-        name = self.source(name)
+        name = self.storage.sources(name)[0]
         if name == IMAGE:
             return image_format(self.plan)
-        return activation_format(self.profile, relu=self._nonnegative(name), frac=self.frac(name))
+        return activation_format(self.profile, relu=self.storage.unsigned(name), frac=self.frac(name))
 
     def weight_fracs(self, name: str) -> tuple[int, ...]:
         """Current weight fractions of a layer: one, or one for each output channel."""
@@ -117,15 +92,23 @@ class FixedPointNet(nn.Module):
         """Resolve what a rule proposes for each activation and put the fractions in force; weights keep to the limits that follow."""
         for name, frac in resolve(self.points, proposals).items():
             self.quantizer(name).body.frac.fill_(min(frac, MAX_ACTIVATION_FRAC))
+        for step in self.plan.steps:
+            if isinstance(step, TableStep):
+                self.table(step.name).tabulate(self.format(step.inputs[0]))
         for step in self.plan.weighted():
             self.set_weight_fracs(step.name, self.weight_fracs(step.name))
 
     def set_weight_fracs(self, name: str, fracs: tuple[int, ...]) -> None:
         """Put weight fractions in force, lowered where the shift to the output would leave float32's exact range.
 
-        Activation fractions must have been set before.
+        Activation fractions must have been set before. Constant weights keep the fraction that they are made for: their sums are
+        always within that range.
         """
         step = self.plan[name]
+        if isinstance(step, ConvStep) and step.fixed_frac is not None:
+            self.layer(name).body.frac.fill_(step.fixed_frac)
+            self._place_bias(step)
+            return
         limit = 30 if name == self.plan.output else self.frac(name) + MAX_SHIFT[self.format(name).signed]
         body = self.layer(name).body
         values = torch.tensor([min(f, limit - self.frac(step.inputs[0])) for f in fracs], dtype=body.frac.dtype, device=body.frac.device)
@@ -140,6 +123,9 @@ class FixedPointNet(nn.Module):
         """Output of a step from quantized inputs, before its activation quantizer."""
         if isinstance(step, ConvStep | LinearStep):
             out: Tensor = self.layer(step.name)(inputs[0])
+            return out
+        if isinstance(step, TableStep):
+            out = self.table(step.name)(inputs[0])
             return out
         return run_step(step, inputs)
 
@@ -165,48 +151,3 @@ class FixedPointNet(nn.Module):
         """Logits."""
         ((_, logits),) = deque(self.tensors(images), maxlen=1)
         return logits
-
-
-def has_quantizer(step: Step) -> bool:
-    """Whether a step computes new codes (max-pooling and flattening only move them)."""
-    return not isinstance(step, MaxPoolStep | FlattenStep)
-
-
-def is_real(step: Step) -> bool:
-    """Whether a reader of a tensor computes with it, rather than being an alias."""
-    return has_quantizer(step)
-
-
-def _exact_sums() -> AbstractContextManager[None]:
-    """On GPUs, convolutions by matrix products: cuDNN may pick a Winograd algorithm, whose transformed sums are not exact in float32."""
-    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=False)
-    return flags
-
-
-class TrainingGraph:
-    """LayerRunner over a FixedPointNet: what the QAT model computes in eval mode, as integers."""
-
-    name = "fixed point"
-
-    def __init__(self, net: FixedPointNet) -> None:
-        self.net = net.eval()
-        self.device = next(net.buffers()).device
-
-    def logits(self, images: Images) -> Logits:
-        """Scores of a batch."""
-        with torch.inference_mode(), _exact_sums():
-            out: Logits = self.net(torch.from_numpy(images).to(self.device)).float().cpu().numpy()
-        return out
-
-    def layers(self, images: Images) -> dict[str, NDArray[np.int64]]:
-        """Codes of every tensor. Raises VerificationError when a value is not on the grid of its format."""
-        net, codes = self.net, {}
-        with torch.inference_mode(), _exact_sums():
-            for name, value in net.tensors(torch.from_numpy(images).to(self.device)):
-                last = net.plan[name] if name == net.plan.output else None
-                frac = net.frac(last.inputs[0]) + net.weight_fracs(name)[0] if last is not None else net.frac(name)
-                scaled = value.double() * 2.0**frac
-                if not torch.equal(scaled, scaled.round()):
-                    raise VerificationError(f"layer '{name}': {self.name} gives values that are no multiples of 2^-{frac}")
-                codes[name] = scaled.to(torch.int64).cpu().numpy()
-        return codes

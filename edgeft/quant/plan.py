@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edgeft.quant.tables import apply_function
+
 Pair = tuple[int, int]
 Padding = tuple[int, int, int, int]
 """(top, left, bottom, right)."""
+
+IDENTITY_FRAC = 6
+"""Fraction at which a constant weight of 1 has the code 64."""
 
 IMAGE = "image"
 """Name of the input tensor of every plan."""
@@ -30,7 +35,12 @@ class Step:
 
 @dataclass
 class ConvStep(Step):
-    """Convolution with its batch norm folded; weight [out, in/groups, kh, kw], bias [out]. `fixed` ones are not trained."""
+    """Convolution with its batch norm folded; weight [out, in/groups, kh, kw], bias [out].
+
+    With `fixed_frac` the weights are constants of the network's structure (an averaging window, a change of format): multiples of
+    2^-fixed_frac that no rule chooses, no step trains and no compensation touches. `norm` [2, out] holds the mean and the deviation
+    that the folded batch norm gave each output channel, in the units of the (possibly rescaled) output; None where there was none.
+    """
 
     weight: Tensor = field(default_factory=lambda: torch.empty(0))
     bias: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -38,7 +48,13 @@ class ConvStep(Step):
     padding: Padding = (0, 0, 0, 0)
     dilation: Pair = (1, 1)
     groups: int = 1
-    fixed: bool = False
+    fixed_frac: int | None = None
+    norm: Tensor | None = None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the weights are constants."""
+        return self.fixed_frac is not None
 
 
 @dataclass
@@ -47,6 +63,42 @@ class LinearStep(Step):
 
     weight: Tensor = field(default_factory=lambda: torch.empty(0))
     bias: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass
+class MulStep(Step):
+    """Product of two tensors of one shape, or of a tensor [c, h, w] and a gate [c, 1, 1]."""
+
+
+@dataclass
+class ConcatStep(Step):
+    """Tensors one after the other along the channel axis; all share one format."""
+
+
+@dataclass
+class SelectStep(Step):
+    """Channels by number: a slice, a chunk or a shuffle."""
+
+    index: tuple[int, ...] = ()
+
+
+@dataclass
+class ResizeStep(Step):
+    """Every pixel repeated `factor` times in each direction (nearest-neighbour enlargement)."""
+
+    factor: Pair = (1, 1)
+
+
+@dataclass
+class TableStep(Step):
+    """output_gain * function(input_gain * x), on the device a look-up of 256 entries; `function` names an entry of `tables.FUNCTIONS`.
+
+    The gains are where rescaling of the tensors around it goes.
+    """
+
+    function: str = ""
+    input_gain: float = 1.0
+    output_gain: float = 1.0
 
 
 @dataclass
@@ -74,6 +126,9 @@ class GlobalPoolStep(Step):
 class FlattenStep(Step):
     """[c, h, w] to a vector."""
 
+
+MOVES = (MaxPoolStep, FlattenStep, ConcatStep, SelectStep, ResizeStep)
+"""Steps that compute no new codes: they only move those of their inputs around."""
 
 Weighted = ConvStep | LinearStep
 
@@ -114,6 +169,17 @@ class Plan:
         x = images.float()
         return (x - 128.0) / 128.0 if self.signed_image else x / 256.0
 
+    def insert_identity(self, reader: Step, position: int) -> None:
+        """Put a change of format before one input of a step: a depthwise convolution with the constant weight 1."""
+        read = reader.inputs[position]
+        shape = self.image_shape if read == IMAGE else self[read].shape
+        name = f"{reader.name}.input{position}"
+        self.steps.insert(self.steps.index(reader), ConvStep(
+            name, (read,), shape, weight=torch.ones(shape[0], 1, 1, 1), bias=torch.zeros(shape[0]), groups=shape[0],
+            fixed_frac=IDENTITY_FRAC,
+        ))  # fmt: skip
+        reader.inputs = tuple(name if i == position else other for i, other in enumerate(reader.inputs))
+
     def last_use(self) -> dict[str, int]:
         """Index of the last step that reads each tensor, so that the others can be dropped."""
         return {name: index for index, step in enumerate(self.steps) for name in step.inputs}
@@ -129,6 +195,16 @@ def run_step(step: Step, inputs: list[Tensor]) -> Tensor:
             return F.linear(x, step.weight, step.bias)
         case AddStep():
             return inputs[0] + inputs[1]
+        case MulStep():
+            return inputs[0] * inputs[1]
+        case ConcatStep():
+            return torch.cat(inputs, 1)
+        case SelectStep():
+            return x[:, list(step.index)]
+        case ResizeStep():
+            return x.repeat_interleave(step.factor[0], 2).repeat_interleave(step.factor[1], 3)
+        case TableStep():
+            return step.output_gain * apply_function(step.function, step.input_gain * x)
         case MaxPoolStep():
             top, left, bottom, right = step.padding
             if (top, left) == (bottom, right):

@@ -1,22 +1,25 @@
 """Rescale a traced plan without changing its function: image bytes, pooling ratio, ReLU6 clips, cross-layer equalisation."""
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from edgeft.errors import UnsupportedError
 from edgeft.fixedpoint import FixedPointFormat
-from edgeft.quant.formats import Groups, activation_format
-from edgeft.quant.plan import IMAGE, AddStep, ConvStep, FlattenStep, GlobalPoolStep, LinearStep, MaxPoolStep, Plan, Step
+from edgeft.quant.formats import CLIP_FRAC, Groups, activation_format
+from edgeft.quant.plan import IMAGE, MOVES, AddStep, ConvStep, GlobalPoolStep, LinearStep, MulStep, Plan, Step, TableStep
+from edgeft.quant.points import separate
+from edgeft.quant.scaling import channels_of, per_input, scale_output, scale_readers
 from edgeft.quant.trace import trace
 
 IMAGE_NORM = "image_norm"
 """Name of the depthwise 1x1 layer that normalises the image where that cannot be folded into the stem."""
 IMAGE_NORM_FRAC = 6
-CLIP_FRAC = {"u8": 5, "s8": 4}
-"""Fraction at which the top code means the (rescaled) ReLU6 bound: 255/32 or 127/16."""
+IMAGE_VALUES = "image_values"
+"""Name of the depthwise 1x1 layer that yields the normalised image where its factors cannot be folded into what reads it."""
 
 
 def prepare_plan(net: nn.Module, image_shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], profile: str) -> Plan:
@@ -28,8 +31,11 @@ def prepare_plan(net: nn.Module, image_shape: tuple[int, int, int], mean: Sequen
     fold_pooling(plan)
     fold_image(plan, mean, std)
     scale_clips(plan, profile)
+    separate(plan, profile)
     for step in plan.weighted():
         step.weight, step.bias = step.weight.float(), step.bias.float()
+        if isinstance(step, ConvStep) and step.norm is not None:
+            step.norm = step.norm.float()
         if not bool(torch.isfinite(step.weight).all() and torch.isfinite(step.bias).all()):
             raise UnsupportedError(f"layer '{step.name}' has weights that are not finite numbers")
     return plan
@@ -38,14 +44,45 @@ def prepare_plan(net: nn.Module, image_shape: tuple[int, int, int], mean: Sequen
 def fold_pooling(plan: Plan) -> None:
     """Divide pools by a power of two, 2^round(log2 n), and multiply the consumers' weights by the rest, 2^m / n.
 
-    Never the producer's: with a residual connection the identity branch would miss the factor.
+    Never the producer's: with a residual connection the identity branch would miss the factor. Where a consumer has nothing to take
+    it into, a depthwise convolution with the constant 2^m / n (to 8 bits) follows the pool. The same is done with what the 8-bit
+    constant of an averaging window lacks, if all its consumers can take it.
     """
-    for step in plan.steps:
+    for step in list(plan.steps):
         if isinstance(step, GlobalPoolStep):
             source = plan.producer(step.inputs[0])
             _, height, width = source.shape if source is not None else plan.image_shape
             step.divisor_log2 = round(math.log2(height * width))
-            _scale_input(plan, step.name, torch.tensor(2.0**step.divisor_log2 / (height * width), dtype=torch.float64))
+            ratio = 2.0**step.divisor_log2 / (height * width)
+            if ratio != 1.0 and not scale_readers(plan, step.name, torch.full(step.shape[:1], ratio, dtype=torch.float64)):
+                insert_factor(plan, step.name, ratio, plan.consumers(step.name))
+        elif isinstance(step, ConvStep) and (ratio := _missing_in_window(step)) != 1.0:
+            scale_readers(plan, step.name, torch.full(step.shape[:1], ratio, dtype=torch.float64))
+
+
+def _missing_in_window(step: ConvStep) -> float:
+    """True mean over what an averaging window with an 8-bit constant yields: at most 1/128 from 1."""
+    value = float(step.weight.flatten()[0])
+    pixels = step.weight.shape[2] * step.weight.shape[3]
+    if not step.fixed or not depthwise(step) or pixels == 1 or bool((step.weight != value).any()):
+        return 1.0
+    ratio = 1.0 / (value * pixels)
+    return ratio if abs(ratio - 1.0) <= 1 / 128 else 1.0
+
+
+def insert_factor(plan: Plan, name: str, factor: float, readers: list[Step]) -> None:
+    """Let some readers of a tensor read `factor` times it: a depthwise convolution with that constant, to 8 bits, goes in between."""
+    frac = math.floor(math.log2(127.5 / factor))
+    channels = channels_of(plan, name)
+    producer = plan.producer(name)
+    weight = torch.full((channels, 1, 1, 1), round(factor * 2.0**frac) * 2.0**-frac, dtype=torch.float64)
+    shape = plan.image_shape if producer is None else producer.shape
+    taken = {step.name for step in plan.steps}
+    scaled = next(new for n in itertools.count(1) if (new := f"{name}.factor" + (f"_{n}" if n > 1 else "")) not in taken)
+    step = ConvStep(scaled, (name,), shape, weight=weight, bias=weight.new_zeros(channels), groups=channels, fixed_frac=frac)
+    plan.steps.insert(0 if producer is None else plan.steps.index(producer) + 1, step)
+    for reader in readers:
+        reader.inputs = tuple(scaled if other == name else other for other in reader.inputs)
 
 
 def fold_image(plan: Plan, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -53,43 +90,51 @@ def fold_image(plan: Plan, mean: Sequence[float], std: Sequence[float]) -> None:
 
     mean = 1/2: code = byte - 128 (s8.7), exact but for half a level at zero padding. mean = 0: code = byte (u8.8), exact.
     Otherwise the layer `image_norm` subtracts the mean: code = round(byte * w - o), an 8-bit multiplication and a shift for each
-    channel, whose gain w / 2^6 uses the range and is divided out of the consumers' weights.
+    channel, whose gain w / 2^6 uses the range and is divided out of the consumers' weights. Where a consumer has no weights to fold
+    into, the layer `image_values` yields the normalised values themselves.
     """
     mean_t, std_t = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     levels = 255.0 * mean_t
     if bool((128.0 - levels).abs().max() <= 1.0):
         plan.signed_image = True
-        _scale_input(plan, IMAGE, 128.0 / (255.0 * std_t), (128.0 - levels) / (255.0 * std_t))
-    elif bool(levels.abs().max() <= 1.0):
-        plan.signed_image = False
-        _scale_input(plan, IMAGE, 256.0 / (255.0 * std_t), -mean_t / std_t)
+        factor, offset = 128.0 / (255.0 * std_t), (128.0 - levels) / (255.0 * std_t)
     else:
         plan.signed_image = False
-        _insert_image_norm(plan, levels, std_t)
+        factor, offset = 256.0 / (255.0 * std_t), -mean_t / std_t
+    if plan.signed_image or bool(levels.abs().max() <= 1.0):
+        if not scale_readers(plan, IMAGE, factor, offset if bool((offset != 0.0).any()) else None):
+            _insert_before_image_readers(plan, IMAGE_VALUES, factor, offset, None)
+    elif not _insert_image_norm(plan, levels, std_t):
+        _insert_before_image_readers(plan, IMAGE_VALUES, factor, offset, None)
 
 
-def _insert_image_norm(plan: Plan, levels: Tensor, std: Tensor) -> None:
+def _insert_image_norm(plan: Plan, levels: Tensor, std: Tensor) -> bool:
     # value = (byte/256) * w - o with codes at frac 7; the largest gain that keeps bytes 0 and 255 inside -128 ... 127.
     gain = torch.minimum(127.0 / (255.0 - levels).clamp(min=1.0), 128.0 / levels.clamp(min=1.0))
     codes = (gain * 2.0 ** (IMAGE_NORM_FRAC + 1)).floor().clamp(max=127.0)
     weight = codes * 2.0**-IMAGE_NORM_FRAC
+    if not scale_readers(plan, IMAGE, 256.0 / (weight * 255.0 * std)):
+        return False
+    _insert_before_image_readers(plan, IMAGE_NORM, weight, -weight * levels / 256.0, IMAGE_NORM_FRAC)
+    return True
+
+
+def _insert_before_image_readers(plan: Plan, name: str, weight: Tensor, bias: Tensor, fixed_frac: int | None) -> None:
     for step in plan.steps:
-        step.inputs = tuple(IMAGE_NORM if name == IMAGE else name for name in step.inputs)
+        step.inputs = tuple(name if source == IMAGE else source for source in step.inputs)
     channels = plan.image_shape[0]
     plan.steps.insert(0, ConvStep(
-        IMAGE_NORM, (IMAGE,), plan.image_shape, weight=weight.view(channels, 1, 1, 1), bias=-weight * levels / 256.0,
-        groups=channels, fixed=True,
+        name, (IMAGE,), plan.image_shape, weight=weight.view(channels, 1, 1, 1), bias=bias, groups=channels, fixed_frac=fixed_frac,
     ))  # fmt: skip
-    _scale_input(plan, IMAGE_NORM, 256.0 / (weight * 255.0 * std))
 
 
 def scale_clips(plan: Plan, profile: str) -> None:
     """Scale every ReLU6 tensor so that the top code of its format means exactly 6: saturation is then the clip.
 
-    Tensors tied to it by additions and pools take the same factor; producers are multiplied, consumers divided.
+    Tensors tied to it by additions, pools, moves, products and constant convolutions take the same factor; producers are multiplied,
+    consumers divided.
     """
-    groups = Groups.of(plan.steps, AddStep, MaxPoolStep, GlobalPoolStep, FlattenStep)
-    for members in groups.sets():
+    for members in _ties(plan).sets():
         clipped = [step for step in plan.steps if step.name in members and step.clip is not None]
         if not clipped:
             continue
@@ -97,44 +142,41 @@ def scale_clips(plan: Plan, profile: str) -> None:
             raise UnsupportedError(f"layer '{clipped[0].name}' (ReLU6) is added to the image itself, which cannot be rescaled")
         top = activation_format(profile, relu=True, frac=CLIP_FRAC[profile]).max_value
         factor = torch.tensor(top / min(step.clip for step in clipped if step.clip is not None), dtype=torch.float64)
-        for step in plan.steps:
-            if step.name in members:
-                if isinstance(step, ConvStep | LinearStep):
-                    step.weight, step.bias = step.weight * factor, step.bias * factor
-                step.clip = None if step.clip is None else step.clip * float(factor)
-        # Convolutions inside the group, too, read what has been scaled; only what ties its members passes the factor on.
-        ties = [step.name for step in plan.steps if step.name in members and not isinstance(step, ConvStep | LinearStep)]
-        for name in members:
-            _scale_input(plan, name, 1.0 / factor, skip=ties)
+        _scale_group(plan, members, factor)
 
 
-def _scale_input(plan: Plan, name: str, factor: Tensor, offset: Tensor | None = None, skip: Iterable[str] = ()) -> None:
-    """Make the consumers of `name` read x * factor + offset (a scalar or one entry per channel) by changing their weights."""
-    for step in plan.consumers(name):
-        if step.name in skip:
-            continue
-        if isinstance(step, FlattenStep | MaxPoolStep) and offset is None and factor.ndim == 0:
-            _scale_input(plan, step.name, factor)
-        elif isinstance(step, ConvStep) or (isinstance(step, LinearStep) and factor.ndim == 0 and offset is None):
-            _scale_weights(step, factor, offset)
-        else:
-            raise UnsupportedError(f"layer '{step.name}' reads '{name}', whose scale can only be folded into a convolution or linear layer")
+def _ties(plan: Plan) -> Groups:
+    """Tensors that can only be scaled together. The gate of a product is not among them, its other factor is."""
+    groups = Groups.of(plan.steps, AddStep, GlobalPoolStep, *MOVES)
+    for step in plan.steps:
+        if isinstance(step, MulStep) or (isinstance(step, ConvStep) and step.fixed):
+            groups.join(step.inputs[0], step.name)
+    return groups
 
 
-def _scale_weights(step: ConvStep | LinearStep, factor: Tensor, offset: Tensor | None) -> None:
-    if factor.ndim and isinstance(step, ConvStep):
-        inputs = _per_input(step, factor)
-        if offset is not None:
-            step.bias = step.bias + (step.weight * _per_input(step, offset)).sum((1, 2, 3))
-        step.weight = step.weight * inputs
-    else:
-        step.weight = step.weight * factor
+def _scale_group(plan: Plan, members: set[str], factor: Tensor) -> None:
+    for step in list(plan.steps):
+        if isinstance(step, MulStep) and step.inputs[1] in members:
+            _unscale_gate(plan, step, 1.0 / float(factor))
+    for step in plan.steps:
+        if step.name in members:
+            if isinstance(step, ConvStep) and step.fixed:
+                step.bias = step.bias * factor
+            else:
+                scale_output(step, factor)
+            step.clip = None if step.clip is None else step.clip * float(factor)
+        # Layers inside the group, too, read what has been scaled; only what ties its members passes the factor on.
+        read = [name for name in step.inputs if name in members]
+        if isinstance(step, TableStep) and read:
+            step.input_gain /= float(factor)
+        elif isinstance(step, LinearStep) or (isinstance(step, ConvStep) and not step.fixed):
+            step.weight = step.weight / factor if read else step.weight
 
 
-def _per_input(step: ConvStep, values: Tensor) -> Tensor:
-    """Values per input channel, laid out to multiply [out, in/groups, kh, kw] weights."""
-    per_group = values.view(step.groups, -1)
-    return per_group.repeat_interleave(step.weight.shape[0] // step.groups, 0)[:, :, None, None]
+def _unscale_gate(plan: Plan, step: MulStep, factor: float) -> None:
+    left, gate = step.inputs
+    insert_factor(plan, gate, factor, [step])
+    step.inputs = (left, step.inputs[1])
 
 
 def depthwise(step: Step) -> bool:
@@ -151,7 +193,7 @@ def equalize(plan: Plan, peaks: dict[str, Tensor], clipped: dict[str, Tensor], r
     raised past half of the clip or, without one, past the tensor's own peak. Exact in float: the factors are powers of two.
     """
     pairs = [(step, after[0]) for step in plan.steps if isinstance(step, ConvStep) and not step.fixed
-             and len(after := plan.consumers(step.name)) == 1 and isinstance(after[0], ConvStep)
+             and len(after := plan.consumers(step.name)) == 1 and isinstance(after[0], ConvStep) and not after[0].fixed
              and (depthwise(step) or depthwise(after[0])) and (after[0].groups == 1 or depthwise(after[0]))]  # fmt: skip
     peaks = {name: peak.clone() for name, peak in peaks.items()}
     changed: set[str] = set()
@@ -161,8 +203,8 @@ def equalize(plan: Plan, peaks: dict[str, Tensor], clipped: dict[str, Tensor], r
             assert isinstance(second, ConvStep)
             factor = _equalizing_factor(first, second, peaks[first.name], clipped[first.name])
             if bool((factor != 1.0).any()):
-                first.weight, first.bias = first.weight * factor.view(-1, 1, 1, 1), first.bias * factor
-                second.weight = second.weight / _per_input(second, factor)
+                scale_output(first, factor)
+                second.weight = second.weight / per_input(second, factor)
                 peaks[first.name] *= factor
                 changed.add(first.name)
                 moved = True

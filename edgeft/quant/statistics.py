@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,13 +10,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeft.errors import UnsupportedError
-from edgeft.fixedpoint import FixedPointFormat
+from edgeft.fixedpoint import FixedPointFormat, dequantize, quantize
 from edgeft.quant.f8net import EMPTY_FRAC, UNSIGNED_RMS, Rule, grid_frac, minmax_frac, spread, std_constant, std_frac
-from edgeft.quant.formats import Point
-from edgeft.quant.plan import IMAGE, GlobalPoolStep, Plan, rectify, run_step
+from edgeft.quant.formats import Point, weight_format
+from edgeft.quant.net import FixedPointNet
+from edgeft.quant.plan import IMAGE, ConvStep, Plan, TableStep, Weighted, rectify, run_step
 
 SAMPLE = 1 << 16
 """Values kept of each tensor for the grid search."""
+BATCH = 8
+"""Images that run at a time: few, so that temporary tensors stay small."""
 ACTIVE_CLIP = 0.01
 """A channel's clip is active when it removes more than this share of the channel's energy."""
 
@@ -24,54 +28,60 @@ ACTIVE_CLIP = 0.01
 class TensorStatistics:
     """Statistics of one tensor over the calibration images, before its `relu` and `clip` unless said otherwise.
 
-    `peak` and `clip_loss` are per channel: the largest rectified value before a clip, and the energy that the clip removes.
+    All tensors are per channel: `total` and `squares` the sums of values and of their squares, `peak` the largest rectified value
+    before a clip, `clip_loss` the part of the rectified `energy` that the clip removes.
     """
 
     relu: bool = False
     clip: float | None = None
     count: int = 0
-    total: float = 0.0
-    squares: float = 0.0
-    peak: Tensor = field(default_factory=lambda: torch.zeros(0))
-    energy: Tensor = field(default_factory=lambda: torch.zeros(0))
-    clip_loss: Tensor = field(default_factory=lambda: torch.zeros(0))
+    total: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+    squares: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+    peak: Tensor = field(default_factory=lambda: torch.zeros(1))
+    energy: Tensor = field(default_factory=lambda: torch.zeros(1))
+    clip_loss: Tensor = field(default_factory=lambda: torch.zeros(1))
     samples: list[Tensor] = field(default_factory=list)
 
     def update(self, x: Tensor, *, keep: int) -> None:
         """Add a batch [n, c, ...]; `keep` evenly spaced values of it go into the sample."""
+        others = [axis for axis in range(x.ndim) if axis != 1]
+        squares = x.square().sum(others)
         self.count += x.numel()
-        self.total += float(x.double().sum())
-        self.squares += float(x.double().square().sum())
-        channels = x.transpose(0, 1).flatten(1)
-        rectified = channels.clamp(min=0.0) if self.relu else channels
-        peak, energy = rectified.abs().amax(1), rectified.square().sum(1)
-        clipped = rectified.clamp(max=self.clip).square().sum(1) if self.clip is not None else energy
-        if self.peak.numel() == 0:
-            self.peak, self.energy, self.clip_loss = peak, energy, energy - clipped
-        else:
-            self.peak = torch.maximum(self.peak, peak)
-            self.energy, self.clip_loss = self.energy + energy, self.clip_loss + energy - clipped
+        self.total = self.total + x.sum(others).double()
+        self.squares = self.squares + squares.double()
+        rectified = x.clamp(min=0.0) if self.relu else x
+        peak = rectified.amax(others) if self.relu else torch.maximum(x.amax(others), -x.amin(others))
+        self.peak = torch.maximum(self.peak, peak)
+        if self.clip is not None:
+            energy = rectified.square().sum(others)
+            self.energy = self.energy + energy
+            self.clip_loss = self.clip_loss + energy - rectified.clamp(max=self.clip).square().sum(others)
         self.samples.append(x.flatten()[:: max(1, x.numel() // keep)].clone())
+
+    @property
+    def mean(self) -> float:
+        """Mean of all values."""
+        return float(self.total.sum()) / self.count
 
     @property
     def sigma(self) -> float:
         """Standard deviation."""
-        return math.sqrt(max(self.squares / self.count - (self.total / self.count) ** 2, 0.0))
+        return math.sqrt(max(self.rms**2 - self.mean**2, 0.0))
 
     @property
     def spread(self) -> float:
         """Standard deviation, or more where the mean is far from 0."""
-        return spread(self.total / self.count, self.sigma, relu=self.relu)
+        return spread(self.mean, self.sigma, relu=self.relu)
 
     @property
     def rms(self) -> float:
         """Root mean square."""
-        return math.sqrt(self.squares / self.count)
+        return math.sqrt(float(self.squares.sum()) / self.count)
 
     @property
     def clip_active(self) -> Tensor:
         """Channels in which the clip does something."""
-        return self.clip_loss > ACTIVE_CLIP * self.energy
+        return torch.zeros_like(self.peak, dtype=torch.bool) if self.clip is None else self.clip_loss > ACTIVE_CLIP * self.energy
 
     def sample(self) -> NDArray[np.float64]:
         """The kept values, after the clip."""
@@ -79,7 +89,7 @@ class TensorStatistics:
         return values
 
 
-def collect(plan: Plan, images: Tensor, batch: int = 32) -> dict[str, TensorStatistics]:
+def collect(plan: Plan, images: Tensor, batch: int = BATCH) -> dict[str, TensorStatistics]:
     """Statistics of every step's output for image bytes [n, 3, h, w]. Raises UnsupportedError on values that are not finite."""
     found = {step.name: TensorStatistics(step.relu, step.clip) for step in plan.steps}
     last_use = plan.last_use()
@@ -94,7 +104,7 @@ def collect(plan: Plan, images: Tensor, batch: int = 32) -> dict[str, TensorStat
                 if last_use[name] == index:
                     del env[name]
     for name, statistics in found.items():
-        if not math.isfinite(statistics.squares):
+        if not bool(statistics.squares.isfinite().all()):
             raise UnsupportedError(f"layer '{name}' gives values that are not finite numbers on the calibration images")
     return found
 
@@ -106,10 +116,10 @@ def propose(plan: Plan, point: Point, statistics: TensorStatistics, rule: Rule) 
         return EMPTY_FRAC
     if rule == "minmax":
         return minmax_frac(min(peak, statistics.clip) if statistics.clip is not None else peak, fmt.max_code)
-    if rule == "grid":
-        return grid_frac(statistics.sample(), fmt, relu=point.relu)
-    if isinstance(plan[point.name], GlobalPoolStep) and not fmt.signed:
-        return std_frac(statistics.rms, UNSIGNED_RMS)  # averages of rectified values: there is no value before rectification
+    if rule == "grid" or isinstance(plan[point.name], TableStep):
+        return grid_frac(statistics.sample(), fmt, relu=point.relu)  # a function's values are bounded on one side: no Gaussian
+    if not fmt.signed and not point.relu:
+        return std_frac(statistics.rms, UNSIGNED_RMS)  # averages or products of rectified values: none before rectification
     return std_frac(statistics.spread, std_constant(fmt, relu=point.relu))
 
 
@@ -128,3 +138,40 @@ def propose_weight(weight: NDArray[np.float64], fmt: FixedPointFormat, rule: Rul
     if rule == "grid":
         return grid_frac(weight, fmt, relu=False)
     return std_frac(weight_spread(weight), std_constant(fmt, relu=False))
+
+
+def alternatives(values: NDArray[np.float64], fmt: FixedPointFormat) -> dict[str, float]:
+    """Relative root mean square error of storing `values` at a format's fraction and one beside it on either side, by fraction."""
+    size = float(np.sqrt(np.square(values).mean())) if values.size else 0.0
+    if size == 0.0:
+        return {}
+    trials = [FixedPointFormat(fmt.width, fmt.frac + change, fmt.signed, fmt.narrow) for change in (-1, 0, 1)]
+    return {str(t.frac): float(np.sqrt(np.square(dequantize(quantize(values, t), t) - values).mean())) / size for t in trials}
+
+
+def explain(net: FixedPointNet, statistics: dict[str, TensorStatistics], rule: Rule) -> dict[str, Any]:
+    """Why each format is what it is: {"activations" or "layers": {name: {"reason", "alternatives"}}}, JSON values.
+
+    Errors of activations are those of the float tensor, of weights those of plain rounding of the float weights, before any
+    compensation. Layers with a format for each output channel list the mean over channels at "-1", "0" and "+1" of each one's own
+    as `alternatives_by_change`.
+    """
+    activations = {}
+    for point in net.points:
+        sample = statistics[point.name].sample()
+        values = np.maximum(sample, 0.0) if point.relu else sample
+        table = isinstance(net.plan[point.name], TableStep) and rule == "std"
+        activations[point.name] = {"reason": "grid" if table else rule, "alternatives": alternatives(values, net.format(point.name))}
+    return {"activations": activations, "layers": {step.name: _explain_layer(net, step, rule) for step in net.plan.weighted()}}
+
+
+def _explain_layer(net: FixedPointNet, step: Weighted, rule: Rule) -> dict[str, Any]:
+    fracs = net.weight_fracs(step.name)
+    reason = "constant" if isinstance(step, ConvStep) and step.fixed else rule
+    weight = step.weight.detach().cpu().double().numpy()
+    if len(fracs) == 1:
+        return {"reason": reason, "alternatives": alternatives(weight, weight_format(fracs[0]))}
+    found = [alternatives(row, weight_format(frac)) for row, frac in zip(weight, fracs, strict=True)]
+    errors = np.array([list(row.values()) for row in found if row]).reshape(-1, 3)
+    by_change = dict(zip(("-1", "0", "+1"), errors.mean(0).tolist(), strict=True)) if len(errors) else {}
+    return {"reason": reason, "alternatives_by_change": by_change}

@@ -75,6 +75,38 @@ def test_calibration_only_and_baselines(photos: Path, tmp_path: Path) -> None:
         assert Artifact.load(out).document("training.json")["qat"] == {"moves": 0}
 
 
+def test_recipe_without_training(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    sets = [part for part in QUICK if part not in ("--set", "quant.epochs=1")]
+    arguments = ["--data", str(photos), "--out", str(out), "--device", "cpu", "--recipe", "f8net-tiny", "--set", "quant.headroom=augmented"]
+    assert main(["train-quantize", *arguments, *(text for part in sets for text in ("--set", part))]) == 0
+    assert Artifact.load(out).document("training.json")["qat"] == {"moves": 0}
+    assert train(photos, tmp_path / "other", "--recipe", "f8net-tiny") == 2
+    assert "recipe f8net-tiny trains nothing, but epochs is 1" in capsys.readouterr().err
+
+
+def test_distillation_with_unlabelled_images(
+    photos: Path, image_folder: ImageFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shifted, out = image_folder("dark", n=4, size=(40, 36), shift=-60), tmp_path / "run"
+    (shifted / "red" / "broken.png").write_bytes(b"nothing")
+    target = ("--loss", "distill", "--set", f'quant.unlabelled=["{shifted}/red", "{shifted}/green"]')
+    assert train(photos, out, *target) == 2
+    assert "1 of 5 files" in capsys.readouterr().err, "refused before any training"
+    (shifted / "red" / "broken.png").unlink()
+    assert train(photos, out, *target, "--ood", f"night={shifted}") == 0
+    printed = capsys.readouterr()
+    assert "images of it, without labels, take part in training" in printed.err
+    assert "divergence from float" in printed.err
+    record = Artifact.load(out).document("training.json")["qat"]
+    assert record["loss"] == "distill"
+    assert all(row["val_divergence"] >= 0 for row in record["history"])
+    assert main(["show", str(out), "--formats", "--saturation"]) == 0
+    printed = capsys.readouterr()
+    assert "fractions by layer" in printed.out
+    assert "saturated % ood:night" in printed.out
+
+
 def test_same_seed_same_integers(photos: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert train(photos, tmp_path / name) == 0

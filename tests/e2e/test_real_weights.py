@@ -18,8 +18,8 @@ from edgeft.interpret import Interpreter
 from edgeft.models import build_classifier
 from edgeft.quant.calibrate import calibrate
 from edgeft.quant.lower import enforce_bounds, lower
-from edgeft.quant.net import TrainingGraph
 from edgeft.quant.stage import plan_of
+from edgeft.quant.training_graph import TrainingGraph
 
 HALF = (0.5, 0.5, 0.5)
 SIZE = 128

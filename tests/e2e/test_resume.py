@@ -34,16 +34,29 @@ def kill_when(path: Path, arguments: list[str]) -> None:
     process.wait()
 
 
-@pytest.mark.parametrize("point", ["fine-tune/state.safetensors", "calibrated.safetensors", "qat/state.safetensors"])
-def test_kill_and_resume(point: str, tmp_path: Path, reference: dict[str, np.ndarray]) -> None:
-    data, out = draw_folder(tmp_path / "photos", n=10), tmp_path / "run"
-    kill_when(out / "work" / point, command(data, out))
+def check_kill_and_resume(point: str, folder: Path, reference: dict[str, np.ndarray], *extra: str) -> None:
+    data, out = draw_folder(folder / "photos", n=10), folder / "run"
+    kill_when(out / "work" / point, command(data, out, *extra))
     assert (out / "work").is_dir(), "killed while it was at work"
     assert not is_finished(out)
-    subprocess.run(command(data, out, "--resume"), check=True, capture_output=True)
+    subprocess.run(command(data, out, *extra, "--resume"), check=True, capture_output=True)
     resumed = load_file(out / "weights.safetensors")
     assert resumed.keys() == reference.keys()
     assert all(np.array_equal(resumed[key], reference[key]) for key in reference)
+
+
+@pytest.mark.parametrize("point", ["fine-tune/state.safetensors", "calibrated.safetensors", "qat/state.safetensors"])
+def test_kill_and_resume(point: str, tmp_path: Path, reference: dict[str, np.ndarray]) -> None:
+    check_kill_and_resume(point, tmp_path, reference)
+
+
+def test_kill_and_resume_a_distillation(tmp_path: Path) -> None:
+    draw_folder(tmp_path / "target", n=5, shift=60)
+    extra = ("--loss", "distill", "--set", "quant.headroom=target", "--set", f'quant.unlabelled=["{tmp_path}/target"]')
+    draw_folder(tmp_path / "whole" / "photos", n=10)
+    subprocess.run(command(tmp_path / "whole" / "photos", tmp_path / "whole" / "run", *extra), check=True, capture_output=True)
+    reference = load_file(tmp_path / "whole" / "run" / "weights.safetensors")
+    check_kill_and_resume("qat/state.safetensors", tmp_path / "cut", reference, *extra)
 
 
 @pytest.fixture(scope="module")

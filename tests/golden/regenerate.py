@@ -34,6 +34,9 @@ def cases() -> dict[str, dict[str, Any]]:
         "conv-asymmetric-padding": _graph("s8.7 image, stride 2, padding below and right only, both signs", _asymmetric(), 1),
         "conv-per-channel": _graph("depthwise with multiplier, one shift per output channel", _per_channel(), 2),
         "add-mixed": _graph("unsigned and signed branch with different fractions", _mixed_addition(), 3),
+        "mul-gate": _graph("product of two signed tensors, then a gate of one unsigned code per channel", _gate(), 6),
+        "lookup": _graph("random tables, signed to unsigned to signed, on a map and on a vector", _tables(), 7),
+        "moves": _graph("rectified beside signed codes, a shuffle, a slice, enlargement by 2 and 3", _moves(), 8),
         "pools": _graph("max-pool whose padding meets only negative codes, then global pool and logits", _pools(), 4),
     }
 
@@ -98,6 +101,29 @@ def _per_channel() -> IntegerGraph:
 def _mixed_addition() -> IntegerGraph:
     b = GraphBuilder(5, (2, 3, 3), jitter=3)
     b.add(b.conv("image", 3, (1, 1)), b.conv("image", 3, (1, 1), relu=False), relu=False)
+    return b.graph()
+
+
+def _gate() -> IntegerGraph:
+    b = GraphBuilder(6, (2, 3, 4), image_format="s8.7", jitter=1)
+    product = b.mul("image", b.conv("image", 2, relu=False))
+    b.mul(product, b.lookup(b.global_pool("image"), FixedPointFormat.parse("u8.8")))
+    return b.graph()
+
+
+def _tables() -> IntegerGraph:
+    b = GraphBuilder(7, (2, 4, 3), image_format="s8.7")
+    x = b.lookup(b.lookup("image", FixedPointFormat.parse("u8.6")))
+    b.lookup(b.linear(b.flatten(x), 4, wide=False))
+    return b.graph()
+
+
+def _moves() -> IntegerGraph:
+    b = GraphBuilder(8, (2, 3, 3))
+    shared = FixedPointFormat.parse("s8.5")
+    rectified, signed = b.conv("image", 2, fmt=shared), b.conv("image", 3, relu=False, fmt=shared)
+    joined = b.concat(rectified, signed, rectified)
+    b.resize(b.concat(b.select(joined, (5, 0, 3, 3)), b.select(joined, (1, 2))), (2, 3))
     return b.graph()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from edgeft.export.onnx_qdq import build_model
+from edgeft.export.onnx_writer import zero_points
 from edgeft.export.ort_runner import OnnxRunner
 from edgeft.fixedpoint import FixedPointFormat, requantize
 from edgeft.graph import IntegerGraph
@@ -76,3 +77,8 @@ def test_the_cases_cover_the_edges() -> None:
     left, right = (load_graph(mixed).format(name) for name in ("conv0", "conv1"))
     assert (left.signed, right.signed) == (False, True)
     assert left.frac != right.frac
+    products = GOLDEN["mul-gate"]["layers"]
+    assert {-128, 127} <= {code for layer in products.values() for code in np.ravel(layer).tolist()}
+    moves = load_graph(GOLDEN["moves"])
+    assert zero_points(moves)["conv0"] == 128
+    assert np.min(GOLDEN["moves"]["layers"]["conv0"]) == 0

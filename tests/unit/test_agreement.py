@@ -7,7 +7,7 @@ import pytest
 from edgeft.errors import UnsupportedError
 from edgeft.export.agreement import accumulator_bound, check_float_agreement
 from edgeft.fixedpoint import FixedPointFormat
-from edgeft.graph import Add, GlobalPool, IntegerGraph
+from edgeft.graph import Add, GlobalPool, IntegerGraph, Mul
 from tests.graphs import GraphBuilder, residual_net
 
 
@@ -66,7 +66,33 @@ def test_computing_on_wide_tensors_is_refused() -> None:
     b = GraphBuilder(0, (4, 1, 1))
     b.linear(b.linear(b.flatten("image"), 4), 2)
     b.constants["linear2.weight"][:] = 0
-    with pytest.raises(UnsupportedError, match=r"^layer 'linear2' computes on 'linear1', which is not 8-bit$"):
+    with pytest.raises(UnsupportedError, match=r"^layer 'linear2' reads 'linear1', which is not 8-bit$"):
+        check_float_agreement(b.graph())
+
+
+def test_concatenating_wide_tensors_is_refused() -> None:
+    b = GraphBuilder(0, (4, 1, 1))
+    logits = b.linear(b.flatten("image"), 4)
+    b.concat(logits, logits)
+    with pytest.raises(UnsupportedError, match=r"^layer 'concat2' reads 'linear1', which is not 8-bit$"):
+        check_float_agreement(b.graph())
+
+
+@pytest.mark.parametrize("shift", [-3, 0, 16, 17, 24, 40])
+def test_products_are_exact_for_every_shift_and_their_bound_is_reached(shift: int) -> None:
+    b = GraphBuilder(0, (2, 2, 2))
+    b.mul("image", "image", FixedPointFormat(8, 16 - shift, signed=False))
+    graph = b.graph()
+    check_float_agreement(graph)
+    assert isinstance(graph.ops[0], Mul)
+    assert accumulator_bound(graph, graph.ops[0]) == 255 * 255
+
+
+def test_the_step_of_a_product_must_be_a_normal_float32_number() -> None:
+    b = GraphBuilder(0, (2, 2, 2))
+    x = b.lookup("image", FixedPointFormat(8, 80, signed=False))
+    b.mul(x, x, FixedPointFormat(8, 100, signed=False))
+    with pytest.raises(UnsupportedError, match=re.escape("layer 'mul1': a step of 2^-160 is not a normal float32 number")):
         check_float_agreement(b.graph())
 
 

@@ -93,7 +93,7 @@ def test_help_lists_the_suites(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     names = [command.name for command in app.registered_commands]
-    assert {"shapes-methods", "runs", "train-throughput", "ort-latency"} <= set(names)
+    assert {"shapes-methods", "runs", "train-throughput", "qat-step", "ort-latency"} <= set(names)
     assert all(str(name) in text for name in names)
 
 

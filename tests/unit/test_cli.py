@@ -74,11 +74,11 @@ def test_the_flags_are_frozen() -> None:
     }
     assert flags == {
         "train-quantize": {
-            "--method", "--backbone", "--weights", "--pretrained", "--data", "--ood", "--out", "--profile", "--config", "--set", "--seed",
-            "--device", "--resume", "--dry-run", "--print-config", "--json",
+            "--method", "--backbone", "--weights", "--pretrained", "--data", "--ood", "--out", "--profile", "--recipe", "--loss",
+            "--config", "--set", "--seed", "--device", "--resume", "--dry-run", "--print-config", "--json",
         },
         "export": {"--target", "--out", "--no-evaluate", "--json"},
-        "show": {"--formats", "--json"},
+        "show": {"--formats", "--saturation", "--json"},
         "list": {"--json"},
         "doctor": {"--json"},
     }  # fmt: skip
@@ -87,7 +87,8 @@ def test_the_flags_are_frozen() -> None:
 def test_train_quantize_passes_every_flag(pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
     Path("c.toml").write_text("[quant]\nepochs = 1\nprofile = 'u8'\n")
     flags = (
-        "--method ft --backbone resnet18 --weights w.safetensors --data photos --ood sketch=s --ood c --out o --profile s8 --config c.toml"
+        "--method ft --backbone resnet18 --weights w.safetensors --data photos --ood sketch=s --ood c --out o --profile s8"
+        " --recipe f8net-conventional --loss distill --config c.toml"
     )
     assert main(["train-quantize", *flags.split(), "--set", "train.lr=0.1,0.2", "--seed", "3", "--device", "cpu", "--resume"]) == 0
     (call,) = pipeline.calls
@@ -96,6 +97,7 @@ def test_train_quantize_passes_every_flag(pipeline: FakePipeline, capsys: pytest
     assert (config.train.method, config.model.backbone, config.model.weights) == ("ft", "resnet18", Path("w.safetensors"))
     assert (config.data.source, config.data.ood, config.out) == ("photos", ("sketch=s", "c"), Path("o"))
     assert (config.quant.profile, config.quant.epochs, config.train.lr, config.seed, config.device) == ("s8", 1, (0.1, 0.2), 3, "cpu")
+    assert (config.quant.recipe, config.quant.loss) == ("f8net-conventional", "distill")
     captured = capsys.readouterr()
     assert captured.err == "[1/5] linear probe\n"
     assert captured.out.splitlines()[-1].startswith(f"wrote {pipeline.root}/run (quantized, ")
@@ -187,7 +189,7 @@ def test_the_package_is_the_verb_too(pipeline: FakePipeline) -> None:
         (["show", "absent"], "error: there is no run at 'absent'\n  edgeft train-quantize makes one\n"),
         (
             ["list", "method"],
-            "error: cannot list 'method'\n  known: methods, quantizers, targets, datasets, backbones\n  did you mean: methods\n",
+            "error: cannot list 'method'\n  known: methods, recipes, quantizers, targets, datasets, backbones\n  did you mean: methods\n",
         ),
     ],
 )
@@ -237,10 +239,17 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train-quantize" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["methods", "quantizers", "targets", "datasets", "backbones"])
+@pytest.mark.parametrize("what", ["methods", "recipes", "quantizers", "targets", "datasets", "backbones"])
 def test_list(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", what]) == 0
-    expected = {"methods": "lpft", "targets": "onnx", "datasets": "shapes", "backbones": "edgeft_micro", "quantizers": ""}[what]
+    expected = {
+        "methods": "lpft",
+        "recipes": "f8net-tiny",
+        "targets": "onnx",
+        "datasets": "shapes",
+        "backbones": "edgeft_micro",
+        "quantizers": "",
+    }[what]
     assert any(line.startswith(expected) for line in capsys.readouterr().out.splitlines())
 
 

@@ -16,13 +16,14 @@ from edgeft.quant.control import FormatControl
 from edgeft.quant.f8net import octaves
 from edgeft.quant.formats import MAX_SHIFT
 from edgeft.quant.lower import enforce_bounds, lower
-from edgeft.quant.net import FixedPointNet, TrainingGraph
+from edgeft.quant.net import FixedPointNet
 from edgeft.quant.rescale import IMAGE_NORM
+from edgeft.quant.training_graph import TrainingGraph
 from edgeft.train import fit
 from tests import tiny
 from tests.nets import IMAGENET_MEAN, IMAGENET_STD, bytes_of, depthwise_net, prepared, randomise, residual_net
 
-QUICK = {"update_every": 2, "sigma_momentum": 0.5, "hysteresis": 0.15, "freeze_at": 0.5, "compensate": False}
+QUICK = {"update_every": 2, "sigma_momentum": 0.5, "hysteresis": 0.15, "freeze_at": 0.5, "rounding": "nearest"}
 
 
 def controlled(build: Any = residual_net, **quant: Any) -> tuple[FixedPointNet, FormatControl]:

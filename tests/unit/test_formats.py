@@ -8,8 +8,8 @@ from edgeft.quant.formats import MAX_SHIFT, FormatTable, Groups, LayerFormats, P
 from tests.nets import calibrated, depthwise_net, prepared, randomise, residual_net
 
 
-def point(name: str, group: int | None = None, *, carried: bool = False, min_frac: int | None = None) -> Point:
-    return Point(name, activation_format("u8", relu=True, frac=0), True, min_frac, group, carried)
+def point(name: str, group: int | None = None, *, carried: bool = False, min_frac: int | None = None, shared: str | None = None) -> Point:
+    return Point(name, activation_format("u8", relu=True, frac=0), True, min_frac, shared or name, group, carried)
 
 
 def test_formats_by_profile() -> None:
@@ -76,7 +76,7 @@ def test_groups_tie_inputs_and_output() -> None:
 
 
 def test_points_of_a_network() -> None:
-    points = {p.name: p for p in calibrated(prepared(randomise(residual_net())), compensate=False).points}
+    points = {p.name: p for p in calibrated(prepared(randomise(residual_net())), rounding="nearest").points}
     assert "1" not in points  # max-pooling only moves codes
     assert points["0.0"].carried  # read by a block and by its addition, through the pool
     assert points["0.0"].group == points["2.add"].group == points["2.right.1.0"].group is not None
@@ -91,7 +91,7 @@ def test_points_of_a_network() -> None:
 @pytest.mark.parametrize("profile", ["u8", "s8"])
 def test_constraints_hold_in_a_calibrated_network(profile: str) -> None:
     for build in (residual_net, depthwise_net):
-        net = calibrated(prepared(randomise(build()), profile), profile=profile, compensate=False)
+        net = calibrated(prepared(randomise(build()), profile), profile=profile, rounding="nearest")
         for p in net.points:
             if p.min_frac is not None:
                 assert net.frac(p.name) >= p.min_frac

@@ -20,10 +20,20 @@ from edgeft.methods import Stage
 from edgeft.models import build_classifier
 from edgeft.quant.calibrate import calibrate
 from edgeft.quant.control import FormatControl
-from edgeft.quant.fakequant import RoundPerChannel, RoundSaturate, RoundToGrid, mask_bounds, power_of_two, round_constant
+from edgeft.quant.fakequant import (
+    RoundFused,
+    RoundPerChannel,
+    RoundSaturate,
+    RoundToGrid,
+    has_fused_kernels,
+    mask_bounds,
+    power_of_two,
+    round_constant,
+)
 from edgeft.quant.lower import enforce_bounds, lower
-from edgeft.quant.net import FixedPointNet, TrainingGraph
+from edgeft.quant.net import FixedPointNet
 from edgeft.quant.stage import plan_of
+from edgeft.quant.training_graph import TrainingGraph
 from edgeft.train import fit
 from tests.nets import bytes_of, calibrated, depthwise_net, prepared, randomise, residual_net
 from tests.tiny import DATA, STAGE, TinyNet, context, same, tensors
@@ -111,6 +121,37 @@ def test_rounding_to_many_grids_is_the_cpus() -> None:
         value, gradient, on_gpu, gradient_on_gpu = both(function, x, power_of_two(fracs)[:, None], *arguments)
         assert torch.equal(value, on_gpu)
         assert torch.equal(gradient, gradient_on_gpu)
+
+
+needs_kernels = pytest.mark.skipif(not has_fused_kernels(torch.device("cuda")), reason="triton is not installed, or EDGEFT_TRITON is not 1")
+
+
+@needs_kernels
+@pytest.mark.parametrize("frac", FRACS)
+@pytest.mark.parametrize(("low", "high", "relu"), [(-128, 127, False), (-127, 127, False), (0, 255, True), (0, 255, False)])
+def test_kernels_round_as_the_cpu_does(frac: int, low: int, high: int, relu: bool) -> None:
+    x, step = ties(frac), 2.0**-frac
+    bounds = mask_bounds(low, high, frac, relu=relu)
+    value, gradient, _, _ = both(RoundSaturate, x, low * step, high * step, round_constant(frac), *bounds)
+    leaf, scale = x.cuda().requires_grad_(), torch.tensor(2.0**frac)
+    out = RoundFused.apply(leaf, scale.cuda(), scale.reciprocal().cuda(), low, high, relu)
+    (found,) = torch.autograd.grad(out, leaf, torch.linspace(-1, 1, x.numel(), device="cuda"))
+    assert torch.equal(value, out.detach().cpu())
+    assert torch.equal(gradient, found.cpu())
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_kernels_round_each_channel_as_the_cpu_does(layout: torch.memory_format) -> None:
+    fracs = torch.tensor(list(FRACS), dtype=torch.float32).view(-1, 1, 1, 1)
+    x = torch.stack([ties(frac)[: 4 * 25 * 31] for frac in FRACS]).view(len(FRACS), 4, 25, 31).contiguous(memory_format=layout)
+    scale = power_of_two(fracs)
+    value, gradient, _, _ = both(RoundPerChannel, x, scale, -127, 127)
+    leaf = x.cuda().requires_grad_()
+    out = RoundFused.apply(leaf, scale.cuda(), scale.reciprocal().cuda(), -127, 127, False)
+    (found,) = torch.autograd.grad(out, leaf, torch.linspace(-1, 1, x.numel(), device="cuda").view(x.shape))
+    assert torch.equal(value, out.detach().cpu())
+    assert torch.equal(gradient, found.cpu())
 
 
 # --- the training graph ---

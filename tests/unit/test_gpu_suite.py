@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_exact, gpu_steps
+from benchmarks import gpu, gpu_exact, gpu_kernels, gpu_steps
 from benchmarks.nets import Case
 from benchmarks.tables import Result
-from edgeft.errors import ConfigError
+from edgeft.errors import ConfigError, VerificationError
 from edgeft.progress import Progress
 from edgeft.quant.lower import enforce_bounds, lower
 from edgeft.quant.net import FixedPointNet
@@ -43,6 +43,14 @@ def test_a_training_graph_comes_back_from_its_integers() -> None:
     assert all(np.array_equal(again.constants[name], graph.constants[name]) for name in graph.constants)
 
 
+@pytest.fixture(scope="module")
+def rounded() -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_kernels, "TENSORS", {"weight per channel": ((8, 4, 3, 3), True), "activation": ((2, 4, 3, 3), False)})
+        records = [gpu_kernels.measure(name, CPU, n_rounds=1, progress=Progress(False)) for name in gpu_kernels.TENSORS]
+    return records[0] | {"us": records[0]["us"] | {gpu_kernels.FUSED: [1.0]}}
+
+
 def test_every_code_is_compared_and_a_wrong_one_is_counted(compared: dict[str, Any]) -> None:
     assert compared["differing"] == dict.fromkeys((arithmetic.label for arithmetic in gpu_exact.ARITHMETICS), 0)
     subject = gpu_exact.random_subject(MICRO, 3)
@@ -63,7 +71,7 @@ def test_arithmetic_is_in_force_for_the_block_only() -> None:
 
 
 def test_the_result_is_written_when_the_last_part_is_there(
-    compared: dict[str, Any], timed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compared: dict[str, Any], timed: dict[str, Any], rounded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     splits = SplitResult("id", "id", 10, 9), SplitResult("dim", "ood", 10, 5)
     report = EvalReport((ModelResult("float", splits),)).to_json()
@@ -73,9 +81,9 @@ def test_the_result_is_written_when_the_last_part_is_there(
         "export": {"printed": ["onnx", "  0 differing codes in 30 tensors"]},
         "killed": {"kills": [{}, {}], "differing": {"of": 1000, "differing": 0}, "same_graph": True},
     }
-    records = {"runs": runs, "exact": [compared], "steps": [timed]}
+    records = {"runs": runs, "exact": [compared], "kernels": [rounded], "steps": [timed]}
     monkeypatch.setattr(gpu, "measure", lambda part, settings: records[part])
-    assert gpu.run(["runs", "exact"], tmp_path / "out", tmp_path / "records", SETTINGS) is None
+    assert gpu.run(["runs", "exact", "kernels"], tmp_path / "out", tmp_path / "records", SETTINGS) is None
     file = gpu.run(["steps"], tmp_path / "out", tmp_path / "records", SETTINGS)
     assert file is not None
     assert file.name.startswith("gpu-check_no-gpu_")
@@ -84,6 +92,17 @@ def test_the_result_is_written_when_the_last_part_is_there(
     assert rows["kill -9 2 times, --resume"] == "0 of 1,000 weights and biases differ, formats equal"
     assert rows["differing codes"].startswith("0 of ")
     assert "images/s" in rows["training step"]
+    assert "of elementwise" in rows["rounding, forward and backward"]
+
+
+def test_kernels_that_round_otherwise_are_not_timed() -> None:
+    x = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    ways = gpu_kernels.roundings((8, 4, 3, 3), True, CPU)
+    ours, theirs = (gpu_kernels._both(ways[way], x, x) for way in (gpu_kernels.ELEMENTWISE, gpu_kernels.TORCH))
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    gpu_kernels.compare("weight", ways | {gpu_kernels.FUSED: ways[gpu_kernels.ELEMENTWISE]}, x, x)
+    with pytest.raises(VerificationError, match="differ from the elementwise operations in 288 values of 288"):
+        gpu_kernels.compare("weight", ways | {gpu_kernels.FUSED: lambda x: x * 2 + 1}, x, x)
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

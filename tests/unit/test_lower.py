@@ -18,10 +18,24 @@ from edgeft.fixedpoint import requantize
 from edgeft.graph import FLOAT32_EXACT, Add, Conv, IntegerGraph, Linear, MaxPool
 from edgeft.interpret import Interpreter
 from edgeft.quant.lower import enforce_bounds, format_table, integers, lower
-from edgeft.quant.net import FixedPointNet, TrainingGraph
+from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import LinearStep
 from edgeft.quant.rescale import IMAGE_NORM
-from tests.nets import HALF, IMAGENET_MEAN, IMAGENET_STD, SIZE, bytes_of, calibrated, depthwise_net, head, prepared, randomise, residual_net
+from edgeft.quant.training_graph import TrainingGraph
+from tests.nets import (
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SIZE,
+    bytes_of,
+    calibrated,
+    depthwise_net,
+    head,
+    mixed_net,
+    prepared,
+    randomise,
+    residual_net,
+)
 
 assert edgeft.micro.STEM_WIDTH  # importing registers the backbone
 
@@ -29,6 +43,7 @@ FORMATS = [(rule, granularity) for rule in ("std", "grid", "minmax") for granula
 NETS: dict[str, Callable[[], nn.Module]] = {
     "residual": residual_net,
     "depthwise": depthwise_net,
+    "mixed": mixed_net,
     "depthwise-relu": lambda: depthwise_net(nn.ReLU),
     "same-padding": lambda: timm.create_model("mobilenetv2_100", num_classes=5, pad_type="same"),
     "resnet18": lambda: timm.create_model("resnet18", num_classes=5),
@@ -45,7 +60,7 @@ def lowered(
 
 @pytest.mark.parametrize(("rule", "granularity"), FORMATS)
 @pytest.mark.parametrize("profile", ["u8", "s8"])
-@pytest.mark.parametrize("name", ["residual", "depthwise"])
+@pytest.mark.parametrize("name", ["residual", "depthwise", "mixed"])
 def test_training_graph_is_the_interpreter_on_every_tensor(name: str, profile: str, rule: str, granularity: str) -> None:
     net, _ = lowered(NETS[name](), profile, format=rule, granularity=granularity)
     net.set_fracs({point.name: net.frac(point.name) + 1 for point in net.points})  # a bit too fine: some values saturate
@@ -71,7 +86,7 @@ def test_image_forms(profile: str, image: Any) -> None:
 @pytest.mark.parametrize("name", ["same-padding", "resnet18"])
 def test_timm_networks(name: str) -> None:
     net, graph = lowered(
-        NETS[name](), size=32, image=(IMAGENET_MEAN, IMAGENET_STD) if name == "resnet18" else (HALF, HALF), compensate=False
+        NETS[name](), size=32, image=(IMAGENET_MEAN, IMAGENET_STD) if name == "resnet18" else (HALF, HALF), rounding="nearest"
     )
     asymmetric = [op for op in graph.ops if isinstance(op, Conv | MaxPool) and op.padding[:2] != op.padding[2:]]
     assert bool(asymmetric) == (name == "same-padding")
@@ -130,7 +145,7 @@ def test_one_layer_by_hand() -> None:
         conv.weight.copy_(torch.tensor([[0.5, -0.25, 0.75], [1.0, 0.1, -0.9]]).view(2, 3, 1, 1))
         assert conv.bias is not None
         conv.bias.copy_(torch.tensor([0.1, -0.2]))
-    fixed = calibrated(prepared(net, "u8", 4, (0.0,) * 3, (1.0,) * 3), compensate=False)
+    fixed = calibrated(prepared(net, "u8", 4, (0.0,) * 3, (1.0,) * 3), rounding="nearest")
     graph, images = lower(fixed), bytes_of(3, 4)
     frac, out = fixed.weight_fracs("0")[0], graph.format("0")
     weight = np.rint(conv.weight.detach().double().numpy()[..., 0, 0] * 256 / 255 * 2.0**frac).astype(np.int64)

@@ -116,6 +116,25 @@ def test_classifiers_that_a_probe_cannot_fit_are_refused() -> None:
         build(args={"global_pool": ""})
 
 
+@pytest.mark.parametrize(("backbone", "layer"), [("dla46_c", "fc"), ("repvit_m0_9", "head")])
+def test_heads_that_are_linear_in_other_words_become_linear(backbone: str, layer: str, tmp_path: Path) -> None:
+    """A 1x1 convolution, and the mean of two heads behind batch norms: with their weights the logits stay as they were."""
+    torch.manual_seed(0)
+    net = timm.create_model(backbone, num_classes=7).eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            assert module.running_mean is not None
+            module.running_mean.normal_()
+    save_file(net.state_dict(), tmp_path / "weights.safetensors")
+    model = ModelConfig(backbone=backbone, pretrained=False, weights=tmp_path / "weights.safetensors")
+    classifier = build_classifier(model, DataConfig(size=64), 7, None, seed=0)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(classifier(images), net(classifier.normalise(images)), rtol=1e-4, atol=1e-4)
+    assert classifier.net.get_submodule(layer) is classifier.head
+    assert build_classifier(model, DataConfig(size=64), 9, None, seed=0).head.weight.shape[0] == 9
+
+
 def test_a_size_that_the_net_cannot_take_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="does not run on 40x40 images") as caught:
         build(backbone="test_vit", data=DataConfig(size=40))

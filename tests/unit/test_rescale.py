@@ -1,12 +1,15 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from edgeft.errors import UnsupportedError
+from edgeft.quant.formats import CLIP_FRAC
 from edgeft.quant.plan import ConvStep, GlobalPoolStep, LinearStep, Plan, run_float
-from edgeft.quant.rescale import CLIP_FRAC, IMAGE_NORM, depthwise, equalize, fold_image, fold_pooling, prepare_plan, scale_clips
+from edgeft.quant.rescale import IMAGE_NORM, depthwise, equalize, fold_image, fold_pooling, prepare_plan, scale_clips
 from edgeft.quant.statistics import collect
 from edgeft.quant.trace import trace
 from tests.nets import (
@@ -102,10 +105,119 @@ def test_image_norm_uses_its_range_and_never_leaves_it(mean: Any) -> None:
     assert float(out.abs().max()) > 100
 
 
-def test_image_that_something_else_reads_is_refused() -> None:
-    net = nn.Sequential(Sum(nn.Identity(), nn.Conv2d(3, 3, 1)), *head(3))
-    with pytest.raises(UnsupportedError, match=r"layer '0\.add' reads 'image'"):
-        prepared(net)
+class Body(nn.Module):
+    """What comes before the classifier, as a function of a convolution's clipped or plain output and of the image."""
+
+    def __init__(self, body: Callable[[Tensor, Tensor], Tensor], channels: int, act: type[nn.Module] = nn.Identity) -> None:
+        super().__init__()
+        self.conv, self.second, self.body = conv_bn(3, 8, act=act), conv_bn(8, 8, 1, act=None), body
+        self.end = nn.Sequential(conv_bn(channels, 8, 1), *head(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        out: Tensor = self.end(self.body(y, self.second(y)) if self.body.__code__.co_name != "of_image" else self.body(x, y))
+        return out
+
+
+def test_image_that_an_addition_reads_gets_a_layer_of_its_own(images: Tensor) -> None:
+    """With weights that nothing approximates: the normalised values themselves."""
+    for mean, std in ((HALF, HALF), ((0.0,) * 3, (0.5, 0.25, 2.0)), (IMAGENET_MEAN, IMAGENET_STD)):
+        plan = plan_of(nn.Sequential(Sum(nn.Identity(), nn.Conv2d(3, 3, 1)), *head(3)))
+        wanted = run_plan(plan, normalised(images, mean, std))[plan.output]
+        fold_image(plan, mean, std)
+        first = plan.steps[0]
+        assert (first.name, isinstance(first, ConvStep) and first.fixed) == ("image_values", False)
+        torch.testing.assert_close(run_plan(plan, encoded(plan, images))[plan.output], wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.0,) * 3, (0.5, 0.25, 2.0)), (IMAGENET_MEAN, IMAGENET_STD), (HALF, HALF)])
+def test_image_is_folded_through_everything_that_moves_it(mean: Any, std: Any, images: Tensor) -> None:
+    def of_image(x: Tensor, y: Tensor) -> Tensor:
+        parts = [x[..., ::2, ::2], x.flip(1)[..., 1::2, 1::2], F.max_pool2d(x, 2), y[..., ::2, ::2]]
+        return torch.cat([F.interpolate(torch.cat(parts, 1), scale_factor=2), x], 1)
+
+    plan = plan_of(Body(of_image, 20))
+    wanted = run_plan(plan, normalised(images, mean, std))[plan.output]
+    fold_image(plan, mean, std)
+    assert "image_values" not in [step.name for step in plan.steps]
+    tolerance = 0.01 if mean == HALF else 1e-10  # half a level at zero padding
+    torch.testing.assert_close(run_plan(plan, encoded(plan, images))[plan.output], wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_pool_that_a_product_reads_and_an_addition_gets_a_constant() -> None:
+    net = Body(lambda x, y: x * y.mean((2, 3), keepdim=True), 8)
+    assert not [step for step in plan_of(net).steps if isinstance(step, ConvStep) and step.fixed], "products pass the ratio on"
+    net = Body(lambda x, y: y + F.interpolate(y.mean((2, 3), keepdim=True), scale_factor=12), 8)
+    plan = plan_of(net, 12)
+    (factor,) = [step for step in plan.steps if isinstance(step, ConvStep) and step.fixed]
+    assert 64 <= float(factor.weight[0] * 2.0 ** (factor.fixed_frac or 0)) <= 127
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    torch.testing.assert_close(run_plan(plan, x)[plan.output], net(x), rtol=0.02, atol=0.02)
+
+
+def test_rounded_constant_of_an_averaging_window_is_made_up_for() -> None:
+    """9 * 57/512 is more than 1; a convolution can make up for it, an addition cannot."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(3, 1, 1), nn.Conv2d(4, 4, 1), *head(4))
+    plan = plan_of(net)
+    window = plan["1"]
+    assert isinstance(window, ConvStep)
+    assert set(window.weight.flatten().tolist()) == {114 / 1024}
+    x = torch.randn(2, 3, SIZE, SIZE, dtype=torch.float64)
+    torch.testing.assert_close(run_plan(plan, x)[plan.output], net(x), rtol=1e-12, atol=1e-12)
+    net = nn.Sequential(Sum(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(3, 1, 1))), *head(4))
+    found, wanted = run_plan(plan := plan_of(net), x)[plan.output], net(x)
+    torch.testing.assert_close(found, wanted, rtol=0.01, atol=0.01)
+    assert not torch.equal(found, wanted)
+
+
+CLIPPED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
+    "concatenated": (lambda x, y: torch.cat([x, y], 1), 16),
+    "selected": (lambda x, y: F.channel_shuffle(torch.cat([x, y], 1), 2)[:, :11], 11),
+    "enlarged": (lambda x, y: F.interpolate(F.max_pool2d(x, 2), scale_factor=2) + y, 8),
+    "product": (lambda x, y: x * y.mean((2, 3), keepdim=True).sigmoid(), 8),
+    "gate": (lambda x, y: F.relu6(y * 8.0) * x.mean((2, 3), keepdim=True), 8),
+    "table": (lambda x, y: F.silu(x) + y, 8),
+    "averaged": (lambda x, y: F.avg_pool2d(x + 1.0, 2), 8),
+    "table in a clipped group": (lambda x, y: F.relu6(F.gelu(y) + x), 8),
+}
+
+
+@pytest.mark.parametrize("profile", ["u8", "s8"])
+@pytest.mark.parametrize("where", CLIPPED)
+def test_scaled_clips_pass_everything_that_ties(where: str, profile: str) -> None:
+    body, channels = CLIPPED[where]
+    plan = plan_of(Body(body, channels, nn.ReLU6))
+    x = 8 * torch.randn(4, 3, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before = run_plan(plan, x)
+    scale_clips(plan, profile)
+    after = run_plan(plan, x)
+    tolerance = 0.02 if where == "gate" else 1e-10  # a constant of 8 bits undoes the factor of a gate
+    torch.testing.assert_close(
+        after[plan.output], before[plan.output], rtol=tolerance, atol=tolerance * float(before[plan.output].abs().max())
+    )
+    top = {"u8": 255 / 32, "s8": 127 / 16}[profile]
+    assert [step.clip for step in plan.steps if step.clip is not None] == pytest.approx(
+        [top] * (2 if "clipped group" in where or where == "gate" else 1)
+    )
+    assert all(torch.equal(s.weight * 2.0**s.fixed_frac, (s.weight * 2.0**s.fixed_frac).round())
+               for s in plan.steps if isinstance(s, ConvStep) and s.fixed_frac is not None)  # fmt: skip
+
+
+def test_norm_is_what_batch_norm_implies_and_follows_the_output() -> None:
+    """Mean and deviation of each channel, under inputs whose statistics are the running ones."""
+    net = randomise(nn.Sequential(conv_bn(3, 8, act=nn.ReLU6), conv_bn(8, 4, act=None), *head(4))).double()
+    plan = plan_of(net)
+    first, second = plan["0.0"], plan["1.0"]
+    assert isinstance(first, ConvStep)
+    assert isinstance(second, ConvStep)
+    norm = net[0][1]  # type: ignore[index]
+    assert first.norm is not None
+    assert second.norm is not None
+    torch.testing.assert_close(first.norm, torch.stack([norm.bias, norm.weight.abs()]))
+    kept = second.norm.clone()
+    scale_clips(plan, "u8")
+    torch.testing.assert_close(first.norm, torch.stack([norm.bias, norm.weight.abs()]) * (255 / 32 / 6))
+    assert torch.equal(second.norm, kept)
 
 
 @pytest.mark.parametrize("profile", ["u8", "s8"])

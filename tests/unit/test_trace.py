@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 import edgeft.micro
 from edgeft.errors import UnsupportedError
-from edgeft.quant.plan import AddStep, ConvStep, GlobalPoolStep, LinearStep, MaxPoolStep, Plan
+from edgeft.quant.plan import AddStep, ConvStep, MaxPoolStep
 from edgeft.quant.trace import trace
-from tests.nets import SIZE, Sum, conv_bn, depthwise_net, head, randomise, residual_net, run_plan
+from tests.nets import SIZE, Sum, depthwise_net, head, residual_net
+from tests.traced import assert_same_function
 
 assert edgeft.micro.STEM_WIDTH  # importing registers the backbone
 
@@ -24,29 +25,6 @@ TIMM: list[tuple[str, int, dict[str, Any]]] = [
     ("mobilenetv2_100", 32, {}),
     ("mobilenetv2_100", 32, {"pad_type": "same"}),
 ]
-
-
-def assert_same_function(net: nn.Module, size: int = SIZE) -> Plan:
-    """The plan in float64 against the net in float64; pools are sums until their factor is folded."""
-    net = randomise(net).double()
-    x = torch.randn(3, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    plan = trace(net, (3, size, size))
-    for step in plan.steps:
-        if isinstance(step, GlobalPoolStep):
-            source = plan.producer(step.inputs[0])
-            assert source is not None
-            n = source.shape[1] * source.shape[2]
-            for reader in plan.steps:
-                if isinstance(reader, LinearStep | ConvStep):
-                    reader.weight = reader.weight / (n if reader is plan.steps[-1] else 1)
-    with torch.no_grad():
-        env = run_plan(plan, x)
-        wanted = net(x)
-    assert wanted.std() > 0.1, "nothing to compare"
-    torch.testing.assert_close(env[plan.output], wanted, rtol=0, atol=1e-9 * float(wanted.abs().max()))
-    for step in plan.steps:
-        assert tuple(env[step.name].shape[1:]) == step.shape
-    return plan
 
 
 @pytest.mark.parametrize(("name", "size", "args"), TIMM, ids=[f"{n}-{a.get('pad_type', '')}" for n, _, a in TIMM])
@@ -113,18 +91,6 @@ class Shared(nn.Module):
         return self.end(self.conv(self.conv(x)))  # type: ignore[no-any-return]
 
 
-class Rectified(nn.Module):
-    """The convolution is read before and after its ReLU; `way` is how the ReLU comes to it."""
-
-    def __init__(self, way: nn.Module) -> None:
-        super().__init__()
-        self.conv, self.way, self.act, self.end = nn.Conv2d(3, 3, 3), way, nn.ReLU(), nn.Sequential(*head(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        return self.end(self.act(self.way(x)) + x)  # type: ignore[no-any-return]
-
-
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -132,15 +98,6 @@ class Branching(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.end(self.conv(x) if x.sum() > 0 else x)  # type: ignore[no-any-return]
-
-
-class Scaled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.gamma, self.end = nn.Conv2d(3, 3, 3), nn.Parameter(torch.ones(1)), nn.Sequential(*head(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.end(self.conv(x) * self.gamma)  # type: ignore[no-any-return]
 
 
 class Pair(nn.Module):
@@ -153,35 +110,63 @@ class Pair(nn.Module):
         return y, y
 
 
+def slopes() -> nn.PReLU:
+    layer = nn.PReLU(4)
+    layer.weight.data.copy_(torch.arange(4.0))
+    return layer
+
+
+def changed_part(x: Tensor) -> Tensor:
+    x[:, :2].relu_()
+    return x
+
+
+class Function(nn.Module):
+    """A convolution, a function, a classifier."""
+
+    def __init__(self, function: Callable[[Tensor], Any], channels: int = 4) -> None:
+        super().__init__()
+        self.conv, self.function, self.end = nn.Conv2d(3, channels, 3, padding=1), function, nn.Sequential(*head(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.function(self.conv(x)))  # type: ignore[no-any-return]
+
+
 REFUSED: dict[str, tuple[nn.Module, str]] = {
-    "silu": (nn.Sequential(conv_bn(3, 4, act=nn.SiLU), *head(4)), r"layer '0\.2' \(SiLU\) has no fixed-point form"),
     "layer norm": (nn.Sequential(nn.Conv2d(3, 4, 1), nn.LayerNorm([4, SIZE, SIZE]), *head(4)), r"layer '1' \(LayerNorm\)"),
+    "group norm": (nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), *head(4)), r"layer '1' \(GroupNorm\) has no fixed-point form"),
     "batch norm act": (
-        nn.Sequential(nn.Conv2d(3, 4, 1), timm.layers.BatchNormAct2d(4, act_layer=nn.SiLU), *head(4)),
-        r"layer '1' \(BatchNormAct2d\) has the activation SiLU",
+        nn.Sequential(nn.Conv2d(3, 4, 1), timm.layers.BatchNormAct2d(4, act_layer=nn.Hardtanh), *head(4)),
+        r"layer '1' \(BatchNormAct2d\) has the activation Hardtanh",
     ),
     "no statistics": (
         nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), *head(4)),
         r"layer '1' \(BatchNorm2d\) keeps no running statistics",
     ),
+    "slopes": (nn.Sequential(nn.Conv2d(3, 4, 1), slopes(), *head(4)), r"layer '1' \(PReLU\) has a slope for each channel"),
     "shared layer": (Shared(), r"layer 'conv' is used twice"),
     "padding mode": (nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), *head(4)), r"'0' \(Conv2d\) pads with 'reflect'"),
-    "pool size": (
-        nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 5)),
-        r"layer '0' \(AdaptiveAvgPool2d\) has output size 2, only global",
+    "reflection": (Function(lambda x: F.pad(x, (1, 1, 1, 1), "reflect")), r"layer 'pad' \(operation pad\) pads with 'reflect'"),
+    "padding with ones": (Function(lambda x: F.pad(x, (1, 1), value=1.0)), r"layer 'pad' \(operation pad\) pads with '1.0'"),
+    "softmax": (Function(lambda x: torch.softmax(x, 1) * x), r"layer 'softmax' \(operation softmax\) has no fixed-point form"),
+    "matrix product": (Function(lambda x: x @ x.transpose(2, 3)), r"\(operation matmul\) has no fixed-point form"),
+    "division": (Function(lambda x: x / x.mean((2, 3), keepdim=True)), r"\(operation truediv\) divides by a tensor"),
+    "unequal windows": (Function(lambda x: F.adaptive_avg_pool2d(x, 3)), r"makes 3x3 windows of unequal size from a map of 16x16"),
+    "border windows": (
+        nn.Sequential(nn.AvgPool2d(3, 2, 1, ceil_mode=True), *head(3)),
+        r"layer '0' \(AvgPool2d\) divides windows at the border of a map of 16x16 by numbers",
     ),
-    "ceil mode": (nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), *head(3)), r"layer '0' \(MaxPool2d\) uses"),
-    "average pool": (nn.Sequential(nn.AvgPool2d(2), *head(3)), r"layer '0' \(AvgPool2d\) has no fixed-point form"),
-    "max head": (
-        nn.Sequential(nn.Conv2d(3, 4, 1), timm.layers.SelectAdaptivePool2d(pool_type="max", flatten=True), nn.Linear(4, 5)),
-        r"layer '1' \(SelectAdaptivePool2d\) pools by 'max'",
-    ),
-    "flatten": (nn.Sequential(nn.Flatten(2), nn.Linear(SIZE * SIZE, 5)), r"layer '0' \(Flatten\) must flatten everything"),
-    "linear on maps": (nn.Sequential(nn.Linear(SIZE, 5)), r"layer '0' \(Linear\) reads a tensor of shape"),
-    "relu of a tensor in use": (Rectified(nn.Sequential()), r"layer 'act' \(ReLU\) must directly follow"),
-    "relu of a tensor in use, through dropout": (Rectified(nn.Dropout()), r"layer 'act' \(ReLU\) must directly follow"),
-    "relu of the image": (nn.Sequential(nn.ReLU(), *head(3)), r"layer '0' \(ReLU\) must directly follow"),
-    "multiplication": (Scaled(), r"layer 'gamma' \(operation gamma\) has no fixed-point form"),
+    "dilated pool": (nn.Sequential(nn.MaxPool2d(2, dilation=2), *head(3)), r"layer '0' \(MaxPool2d\) uses dilation"),
+    "bilinear": (Function(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")), r"interpolates by 'bilinear'"),
+    "enlarged part": (Function(lambda x: F.interpolate(x[:, :, 1:5], size=(8, 32))), r"enlarges a part of a tensor"),
+    "transposed map": (Function(lambda x: x.transpose(2, 3)), r"in an order that has no fixed-point form"),
+    "mean of channels": (Function(lambda x: x * x.mean(1, keepdim=True)), r"reduces axes \[1\] of 4"),
+    "joined rows": (Function(lambda x: torch.cat([x, x], 2)), r"joins tensors along axis 2"),
+    "constant image": (Function(lambda x: x + torch.arange(16.0)), r"has a constant that differs from pixel to pixel"),
+    "changed part": (Function(changed_part), r"changes in place a part of a tensor that is read again"),
+    "flatten": (nn.Sequential(nn.Flatten(2), nn.Linear(SIZE * SIZE, 5)), r"layer '1' \(Linear\) reads a tensor of shape"),
+    "linear on rows": (nn.Sequential(nn.Linear(SIZE, 5)), r"layer '0' \(Linear\) reads a tensor of shape"),
+    "convolution of tokens": (nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 5, 1)), r"must run over the channels of a globally pooled"),
     "no classifier": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), r"does not end in a linear classifier"),
     "relu after the classifier": (nn.Sequential(*head(3), nn.ReLU()), r"does not end in a linear classifier"),
     "two outputs": (Pair(), r"returns more than one tensor"),
