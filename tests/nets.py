@@ -71,7 +71,8 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gated tensor."""
-        return x * self.gate(self.expand(nn.functional.relu(self.reduce(x.mean((2, 3), keepdim=True)))))
+        out: Tensor = x * self.gate(self.expand(nn.functional.relu(self.reduce(x.mean((2, 3), keepdim=True)))))
+        return out
 
 
 class Shuffle(nn.Module):

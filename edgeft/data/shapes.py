@@ -73,7 +73,7 @@ TRAINING = Domain(
 )
 _NO_CUE = replace(TRAINING, cue=0.0)
 _PARTS: tuple[tuple[str, SplitKind, int, Domain, str], ...] = (
-    ("train", "train", 1200, TRAINING, ""),
+    ("train", "train", 400, TRAINING, ""),
     ("val", "val", 1000, TRAINING, ""),
     ("id", "id", 1000, TRAINING, ""),
     ("cue", "ood", 1000, _NO_CUE, "in-support: the background hue no longer follows the class"),
@@ -135,7 +135,10 @@ class RenderedImages:
 
 
 def load(seed: int = 0) -> Dataset:
-    """Twenty classes drawn for this seed, with 1,200 training images; seeds share no class and no image."""
+    """Twenty classes drawn for this seed, with 20 training images each; seeds share no class and no image.
+
+    So few that pretrained features are worth keeping: with more, full fine-tuning learns better ones for the training domain alone.
+    """
     if seed < 0:
         raise ConfigError(f"dataset 'shapes' cannot use seed {seed}", "use a seed of 0 or more")
     templates = downstream_templates(seed)

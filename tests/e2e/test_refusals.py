@@ -14,7 +14,7 @@ from tests.conftest import ImageFolder
     ("flags", "words"),
     [
         (("--backbone", "mobilenetv2_10"), ("unknown backbone 'mobilenetv2_10'", "mobilenetv2_100")),
-        (("--backbone", "efficientnet_b0"), ("layer 'bn1'", "SiLU", "has no fixed-point form")),
+        (("--backbone", "edgenext_xx_small"), ("layer 'stem.1", "layer_norm", "has no fixed-point form")),
         (("--backbone", "vit_tiny_patch16_224"), ("VisionTransformer", "48x48")),
         (("--method", "lpff"), ("unknown method 'lpff'", "did you mean: lpft")),
         (("--weights", "missing.safetensors"), ("missing.safetensors",)),

@@ -176,7 +176,10 @@ def test_training_ends_in_an_ordinary_fixed_point_net(name: str, quant: dict[str
     start = model.clips.alpha.detach().clone()
     losses = train(model)
     assert losses[-1] < losses[0]
-    assert bool((model.clips.alpha != start).all())
+    gradient = model.clips.alpha.grad  # that of a gate may be too small to show in a few steps
+    assert gradient is not None
+    assert bool((gradient != 0).all())
+    assert bool((model.clips.alpha != start).any())
     expected = logits(model.eval())
     net = model.finish()
     assert isinstance(net, FixedPointNet)

@@ -99,7 +99,7 @@ def test_flexround_repairs_plain_rounding(monkeypatch: pytest.MonkeyPatch) -> No
     start = fit_layer(sample, torch.tensor(2.0), HIGH, per_channel=False)[0]
     nearest = (sample.step.weight * 4.0).round() / 4.0
     plain = type(start).of(sample, nearest, start.fracs, sample.offset(nearest))
-    assert flexround(sample, plain, HIGH, seed=0).error < 0.9 * plain.error
+    assert flexround(sample, plain, HIGH, seed=0).error < 0.95 * plain.error
     assert not torch.equal(nearest, compensate_rounding(sample.step.weight, torch.tensor(4.0), sample.columns, HIGH))
 
 
