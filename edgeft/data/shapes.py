@@ -137,7 +137,7 @@ class RenderedImages:
 def load(seed: int = 0) -> Dataset:
     """Twenty classes drawn for this seed, with 20 training images each; seeds share no class and no image.
 
-    So few that pretrained features are worth keeping: with more, full fine-tuning learns better ones for the training domain alone.
+    Few images are where keeping pretrained features should matter most; with 60 of each class the methods come in the same order.
     """
     if seed < 0:
         raise ConfigError(f"dataset 'shapes' cannot use seed {seed}", "use a seed of 0 or more")

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from edgeft.errors import UnsupportedError
 from edgeft.fixedpoint import FixedPointFormat
 from edgeft.graph import accumulator_bound
+from edgeft.quant.compensate import channel_means
 from edgeft.quant.fakequant import power_of_two
 from edgeft.quant.lower import integers
 from edgeft.quant.net import FixedPointNet
-from edgeft.quant.plan import AddStep, ConvStep, GlobalPoolStep, MulStep, Step, Weighted
+from edgeft.quant.plan import IMAGE, AddStep, ConvStep, GlobalPoolStep, MulStep, Step, Weighted, rectify, run_step
 
 UNLIMITED = 32
 """Bits at which nothing is projected: lowering keeps every accumulator below 2^31 anyway."""
@@ -148,6 +149,33 @@ def _error(net: FixedPointNet, step: Weighted, fracs: Tensor, bits: int) -> Tens
     rounded = (weight * power_of_two(weight_frac)).round() / power_of_two(weight_frac)
     power = (fmt.max_value / PEAK) ** 2
     return power * (rounded - layer.weight).square().flatten(1).sum(1) + (bias - layer.bias).square()
+
+
+@torch.no_grad()
+def fit(net: FixedPointNet, images: Tensor, bits: int) -> None:
+    """Choose formats and project layer by layer in network order, on calibration images [n, 3, h, w]. Nothing happens at 32 bits.
+
+    What a projection takes from a channel's mean goes into its bias: each layer sees the inputs that it will have, and keeps the
+    channel means of the float plan. Without this a narrow net is of no use before it is trained.
+    """
+    if bits >= UNLIMITED:
+        return
+    choose_formats(net, bits)
+    plan, trained, last_use = net.plan, {step.name for step in _trained(net)}, net.plan.last_use()
+    encoded = plan.encode(images)
+    exact, rounded = {IMAGE: encoded}, {IMAGE: encoded}
+    for index, step in enumerate(plan.steps):
+        wanted, inputs = run_step(step, [exact[name] for name in step.inputs]), [rounded[name] for name in step.inputs]
+        if isinstance(step, Weighted) and step.name in trained:
+            project_layer(net, step, bits)
+            layer = net.layer(step.name)
+            layer.bias.copy_(layer.rounded_bias() + channel_means(wanted) - channel_means(net.run_step(step, inputs)))
+            project_layer(net, step, bits)
+        rounded[step.name] = net.activate(step, net.run_step(step, inputs))
+        exact[step.name] = rectify(step, wanted)
+        for name in set(step.inputs):
+            if last_use[name] == index:
+                del exact[name], rounded[name]
 
 
 def prepare(net: FixedPointNet, bits: int) -> None:
