@@ -97,6 +97,7 @@ def qat(
 ) -> None:
     """Accuracy after short quantized training, in and out of distribution, against float and against stock int8 training."""
     _limit(threads)
+    import benchmarks.resnet20  # noqa: F401 - registers its backbone, which a run may have
     from benchmarks.qat import VARIANTS, run
     from benchmarks.runs import parse
 
