@@ -1,5 +1,6 @@
 """What a QAT step is compared with: the same folded net in float, and the same net with the quantizers that Brevitas brings along."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ AFTER_COLLECTION = 1
 """Steps of collecting statistics for a variant that is timed after it; Brevitas' default is 300."""
 
 
-class PlanNet(nn.Module):
+class PlanNet(nn.Module, ABC):
     """Runs a plan with trainable layers; subclasses say what layers and activations are. Image bytes [n, 3, h, w] to logits."""
 
     def __init__(self, plan: Plan) -> None:
@@ -24,13 +25,13 @@ class PlanNet(nn.Module):
         self.layers = nn.ModuleDict({module_key(step.name): self.make_layer(step) for step in plan.weighted()})
         self._last_use = plan.last_use()
 
+    @abstractmethod
     def make_layer(self, step: ConvStep | LinearStep) -> nn.Module:
         """The layer of a step, without padding."""
-        raise NotImplementedError
 
+    @abstractmethod
     def activate(self, step: Step, x: Tensor) -> Tensor:
         """What follows a step."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from edgeft.config import QuantConfig
 from edgeft.errors import DataError, UnsupportedError
+from edgeft.quant import a2q
 from edgeft.quant.compensate import channel_means, layer_inputs
 from edgeft.quant.f8net import Rule
 from edgeft.quant.flexround import flexround
@@ -73,6 +74,7 @@ def calibrate_explained(plan: Plan, images: Tensor, config: QuantConfig, advance
     fits = _round_all(net, images[:n_fit], config, advance)
     if config.format == "search":
         search(net, images[n_fit:] if n_fit < len(images) else images, fits, proposals, advance)
+    a2q.fit(net, images, config.accumulator_bits)
     return Calibration(net, {p.name: statistics[p.name].spread for p in net.points}, explain(net, statistics, rule_of(config)))
 
 

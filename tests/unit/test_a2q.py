@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from edgeft.config import QuantConfig
 from edgeft.errors import UnsupportedError
 from edgeft.fixedpoint import FixedPointFormat
 from edgeft.graph import accumulator_bound
 from edgeft.interpret import Interpreter
 from edgeft.quant import a2q
+from edgeft.quant.calibrate import calibrate
 from edgeft.quant.lower import enforce_bounds, integers, lower
 from edgeft.quant.net import FixedPointNet
-from edgeft.quant.plan import GlobalPoolStep
+from edgeft.quant.plan import GlobalPoolStep, run_float
 from tests.nets import bytes_of, calibrated, depthwise_net, prepared, randomise, residual_net
 
 NETS = {"residual": residual_net, "depthwise": depthwise_net}
@@ -157,6 +159,32 @@ def test_coarser_formats_lose_less_than_few_fine_weights() -> None:
         return float((logits(net) - before).square().mean())
 
     assert loss(choose=True) < 0.7 * loss(choose=False)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("name", NETS)
+def test_calibration_keeps_channel_means_under_projection(name: str, granularity: str) -> None:
+    def error(bits: int, **quant: Any) -> float:
+        plan = prepared(randomise(NETS[name]()))
+        images = torch.from_numpy(bytes_of(24, seed=5))
+        net = calibrate(plan, torch.from_numpy(bytes_of(24, seed=1)), QuantConfig(granularity=granularity, **quant), lambda *_: None)[0]
+        a2q.prepare(net, bits)
+        a2q.check(net, bits)
+        with torch.no_grad():
+            return float((net(images) - run_float(plan, images)).square().mean())
+
+    fitted, after = error(16, accumulator_bits=16), error(16)
+    assert fitted < 0.6 * after
+    assert error(32) < fitted
+
+
+def test_fitted_nets_are_left_alone_by_what_follows() -> None:
+    net = net_of(accumulator_bits=16)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    a2q.check(net, 16)
+    with a2q.held(net, 16):
+        pass
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_training_stays_within_the_width() -> None:
