@@ -27,7 +27,7 @@ Threads = Annotated[int, typer.Option(min=1, help="threads of the libraries that
 
 @app.command("shapes-methods")
 def shapes_methods(
-    seeds: Annotated[str, typer.Option(help="seeds, separated by commas")] = "30,31,32,33,34",
+    seeds: Annotated[str, typer.Option(help="seeds, separated by commas")] = "40,41,42,43,44",
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any key of the configuration; may be repeated")
     ] = None,

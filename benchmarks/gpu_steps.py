@@ -84,7 +84,7 @@ def make_steps(
         return Steps(copy.deepcopy(classifier), case, device, bf16=variant == BF16)
     own = copy.deepcopy(net).to(device)
     # Training that never freezes formats, or always has: nothing else differs.
-    control = FormatControl(own, QuantConfig(freeze_at=1.0 if variant == MOVING else 0.0), sigmas)
+    control = FormatControl(own, QuantConfig(format="std", freeze_at=1.0 if variant == MOVING else 0.0), sigmas)
     return Steps(own, case, device, control=control)
 
 

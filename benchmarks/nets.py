@@ -13,7 +13,7 @@ from edgeft.config import DataConfig, ModelConfig, QuantConfig
 from edgeft.errors import ConfigError
 from edgeft.models import Classifier, build_classifier
 from edgeft.progress import Progress
-from edgeft.quant.calibrate import calibrate
+from edgeft.quant.calibration.calibrate import calibrate
 from edgeft.quant.lower import enforce_bounds
 from edgeft.quant.net import FixedPointNet
 from edgeft.quant.stage import plan_of

@@ -18,7 +18,7 @@ from edgeft.export.onnx_qdq import IR_VERSION, OPSET
 from edgeft.export.ort_runner import session_options
 from edgeft.models import Classifier
 from edgeft.quant.plan import IMAGE, AddStep, ConvStep, FlattenStep, GlobalPoolStep, LinearStep, MaxPoolStep, Plan, Step
-from edgeft.quant.trace import trace
+from edgeft.quant.tracing.trace import trace
 
 TOLERANCE = 1e-4
 """Largest difference between peer and PyTorch, as a share of the largest score."""

@@ -27,11 +27,11 @@ from edgeft.errors import ConfigError
 from edgeft.export.verify import verify
 from edgeft.interpret import Interpreter
 from edgeft.progress import Progress
-from edgeft.quant.calibrate import calibrate, n_advances
+from edgeft.quant.calibration.calibrate import calibrate, n_advances
 from edgeft.quant.lower import enforce_bounds, lower
 from edgeft.quant.plan import IMAGE
 from edgeft.quant.rescale import prepare_plan
-from edgeft.quant.trace import trace
+from edgeft.quant.tracing.trace import trace
 from edgeft.quant.training_graph import TrainingGraph
 
 SUITE = "ptq"

@@ -29,7 +29,7 @@ from edgeft.errors import ConfigError
 from edgeft.models import Classifier, build_classifier
 from edgeft.pipeline import FloatModel
 from edgeft.progress import Progress
-from edgeft.quant.calibrate import calibrate
+from edgeft.quant.calibration.calibrate import calibrate
 from edgeft.quant.stage import Job, plan_of, quantize
 from edgeft.quant.training_graph import TrainingGraph
 from edgeft.runner import Runner

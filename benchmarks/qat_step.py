@@ -92,7 +92,7 @@ def make_variants(case: Case) -> dict[str, Variant]:
     classifier = random_classifier(case)
     net, sigmas = fixed_point(classifier)
     moving = copy.deepcopy(net)
-    control = FormatControl(moving, QuantConfig(freeze_at=1.0), sigmas)
+    control = FormatControl(moving, QuantConfig(format="std", freeze_at=1.0), sigmas)
     hooks = (lambda: control.before_step(0, ENDLESS)), (lambda: control.before_step(1, ENDLESS))
     return {
         FLOAT: Variant(classifier.eval(), case),

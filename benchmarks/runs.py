@@ -10,6 +10,7 @@ from benchmarks.record import Machine, write
 from edgeft.artifact import Artifact, is_finished
 from edgeft.config import Config
 from edgeft.errors import ArtifactError, ConfigError
+from edgeft.methods.baselines import epochs_of
 from edgeft.report import EvalReport, ModelResult, SplitResult
 
 Splits = tuple[tuple[str, int], ...]
@@ -154,7 +155,7 @@ def _notes(runs: Sequence[Finished], sizes: dict[str, int]) -> list[str]:
     digests = "; ".join(", ".join([f"{run.name} {run.artifact.digest[:12]}", *_exports(run)]) for run in runs)
     notes = [
         "Top-1 in percent with its 95 % Wilson interval; flips are test images whose class differs from the float model's.",
-        f"Backbone {config.model.backbone} at {p['size']} px{counts}, seed {config.seed}; {config.train.epochs} epochs per learning rate; "
+        f"Backbone {config.model.backbone} at {p['size']} px{counts}, seed {config.seed}; {epochs_of(config)} epochs per learning rate; "
         "learning rate, penalty and epoch are selected on the ID validation split.",
         *(f"{run.name} in fixed point: {_recipe(run)}." for run in runs if len(run.report.models) > 1),
         f"Digests: {digests}.",

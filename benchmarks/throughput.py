@@ -84,7 +84,7 @@ def make_round(variant: str, case: Case, n_steps: int) -> Round:
     if variant == FLOAT:
         return _product(classifier, train, case, classifier, None)
     # A step that never freezes, or that always has, changes nothing else than whether statistics are taken.
-    config = QuantConfig(freeze_at=1.0 if variant == MOVING else 0.0)
+    config = QuantConfig(format="std", freeze_at=1.0 if variant == MOVING else 0.0)
     net, sigmas = fixed_point(classifier)
     return _product(net, train, case, classifier, FormatControl(net, config, sigmas))
 

@@ -71,7 +71,7 @@ class TrainConfig(Section):
     """Float fine-tuning."""
 
     method: str = Field("lpft", description="fine-tuning method (edgeft list methods)")
-    epochs: int = Field(8, ge=1, description="epochs of each fine-tuning run")
+    epochs: int | None = Field(None, ge=1, description="epochs of each fine-tuning run; default: 40 for 'shapes', else 8")
     batch: int = Field(32, ge=1, description="images per step, over all processes")
     accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
     lr: tuple[float, ...] | None = Field(None, min_length=1, description="learning rates to try; default: the method's own grid")
@@ -91,13 +91,16 @@ class QuantConfig(Section):
         "f8net-finetune", description="f8net-tiny: calibration only; -finetune: short QAT, frozen batch norm; -conventional: long QAT, PACT"
     )
     profile: Literal["u8", "s8"] = Field("u8", description="activation storage: u8 for CPUs, s8 for TensorRT")
-    format: Literal["std", "grid", "minmax", "pact", "search"] = Field(
-        "std", description="rule that chooses fractional lengths; default: std, for recipe f8net-tiny grid"
+    format: Literal["std", "grid", "l4", "minmax", "pact", "search"] = Field(
+        "l4", description="rule that chooses fractional lengths; default: l4, for recipe f8net-conventional std"
     )
     granularity: Literal["tensor", "channel"] = Field("tensor", description="weight formats per layer or per output channel")
     residual: Literal["branch"] = Field("branch", description="residual addition: both operands 8-bit, one rounding")
     calibration_images: int = Field(128, ge=1, description="training images (labels unused) that calibration sees")
     equalize: bool = Field(True, description="power-of-two cross-layer equalisation around depthwise layers")
+    fit_ranges: bool = Field(
+        True, description="scale tensors, where neighbouring weights can take the factor, so that they fill their format"
+    )
     rounding: Literal["nearest", "gptq", "flexround"] = Field(
         "gptq", description="weight rounding of calibration; all but nearest compensate its errors and correct biases"
     )
@@ -122,8 +125,8 @@ class QuantConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _recipe_defaults(cls, tree: Any) -> Any:
-        # Without training nothing mends what a Gaussian rule gets wrong, so calibration alone measures the error.
-        return {"format": "grid", **tree} if isinstance(tree, dict) and tree.get("recipe") == "f8net-tiny" else tree
+        # Long training has time to mend what a Gaussian rule gets wrong, and formats that follow it; calibration and a short QAT have not.
+        return {"format": "std", **tree} if isinstance(tree, dict) and tree.get("recipe") == "f8net-conventional" else tree
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgeft.config import QuantConfig
-from edgeft.quant.calibrate import calibrate
+from edgeft.quant.calibration.calibrate import calibrate
 from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import Plan, rectify, run_step
 from edgeft.quant.rescale import prepare_plan

@@ -5,7 +5,7 @@ from torch import nn
 
 from edgeft.quant.plan import Plan
 from edgeft.quant.rescale import fold_pooling
-from edgeft.quant.trace import trace
+from edgeft.quant.tracing.trace import trace
 from tests.nets import SIZE, randomise, run_plan
 
 

@@ -11,6 +11,14 @@ PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """Probe strengths for real images, whose best value depends on the backbone and the number of images."""
 RATES = (3e-3, 1e-2, 3e-2)
 """Learning rates of full fine-tuning."""
+SHAPES_EPOCHS, EPOCHS = 40, 8
+"""Epochs for 'shapes', whose 100 training images make an epoch of four steps, and for other data."""
+
+
+def epochs_of(config: Config) -> int:
+    """Epochs of a fine-tuning run: the configured ones, or the data's own."""
+    default = SHAPES_EPOCHS if config.data.source == "shapes" else EPOCHS
+    return config.train.epochs if config.train.epochs is not None else default
 
 
 def probe_stage(config: Config) -> Stage:
@@ -44,7 +52,7 @@ class FullFineTuning:
             Stage(
                 name="fine-tune",
                 solver="sgd",
-                epochs=train.epochs,
+                epochs=epochs_of(config),
                 learning_rates=train.lr if train.lr is not None else RATES,
                 batch_norm="train",
                 momentum=train.momentum,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from edgeft.config import Config
 from edgeft.methods import Stage
-from edgeft.methods.baselines import probe_stage
+from edgeft.methods.baselines import epochs_of, probe_stage
 
 RATES = (3e-4, 1e-3, 3e-3)
 """A tenth of full fine-tuning's: the probe has done most of the work, and a larger rate distorts the features again."""
@@ -26,7 +26,7 @@ class LinearProbeThenFineTuning:
             Stage(
                 name="fine-tune",
                 solver="sgd",
-                epochs=train.epochs,
+                epochs=epochs_of(config),
                 learning_rates=train.lr if train.lr is not None else RATES,
                 batch_norm="frozen",
                 momentum=train.momentum,

@@ -12,11 +12,12 @@ QUANTIZERS = Registry(
     "quantizer",
     Entry("std", "fraction from the deviation: floor(log2(c / sigma)), c = 40 signed, 70 unsigned (F8Net)", "edgeft.quant.f8net:std_frac"),
     Entry("grid", "fraction of least squared rounding and saturation error", "edgeft.quant.f8net:grid_frac"),
+    Entry("l4", "fraction of least error to the fourth power, which saturates less than 'grid'", "edgeft.quant.f8net:grid_frac"),
     Entry("minmax", "largest fraction that saturates nothing", "edgeft.quant.f8net:minmax_frac"),
     Entry(
         "search",
-        "layer by layer from 'grid': fraction +- 1 where that brings the scores nearer to the float net's",
-        "edgeft.quant.search:search",
+        "layer by layer from 'l4': fraction +- 1 where that brings the scores nearer to the float net's",
+        "edgeft.quant.calibration.search:search",
     ),
     Entry(
         "pact", "learned clips coupled to the format, as published (recipe f8net-conventional only)", "edgeft.quant.pact:PublishedFormats"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edgeft.errors import UnsupportedError
 from edgeft.fixedpoint import FixedPointFormat
 from edgeft.graph import accumulator_bound
-from edgeft.quant.compensate import channel_means
+from edgeft.quant.calibration.compensate import channel_means
 from edgeft.quant.fakequant import power_of_two
 from edgeft.quant.lower import integers
 from edgeft.quant.net import FixedPointNet

@@ -6,12 +6,12 @@ import torch
 
 from edgeft.config import QuantConfig
 from edgeft.quant.brevitas_bridge import FixedPointQuant
+from edgeft.quant.calibration.statistics import weight_spread
 from edgeft.quant.f8net import SIGNED_STD, octaves, std_constant
 from edgeft.quant.formats import Point
 from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import ConvStep, TableStep
 from edgeft.quant.rescale import IMAGE_NORM
-from edgeft.quant.statistics import weight_spread
 
 
 class FormatControl:

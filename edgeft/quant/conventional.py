@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from edgeft.config import Config, QuantConfig
 from edgeft.methods import Stage
 from edgeft.quant import a2q
-from edgeft.quant.calibrate import rule_of
+from edgeft.quant.calibration.calibrate import rule_of
+from edgeft.quant.calibration.statistics import propose_weight
 from edgeft.quant.fakequant import RoundToGrid, power_of_two
 from edgeft.quant.formats import weight_format
 from edgeft.quant.net import FixedPointNet, module_key
 from edgeft.quant.pact import ClipLevels, PublishedFormats, published_limit
 from edgeft.quant.plan import IMAGE, ConvStep, LinearStep, Step, Weighted
 from edgeft.quant.stage import Job, Trained, calibrated, described
-from edgeft.quant.statistics import propose_weight
 from edgeft.train import fit
 
 RATE = 0.05

@@ -17,13 +17,16 @@ class Table(nn.Module):
     the format of the input changes. The gradient is the function's own derivative at the code.
     """
 
+    gains: Tensor
     values: Tensor
     slopes: Tensor
     position: Tensor
 
     def __init__(self, function: str, input_gain: float, output_gain: float) -> None:
         super().__init__()
-        self.function, self.input_gain, self.output_gain = function, input_gain, output_gain
+        self.function = function
+        # A buffer, because calibration chooses them: a restored net has them in its own units.
+        self.register_buffer("gains", torch.tensor([input_gain, output_gain], dtype=torch.float64))
         self.register_buffer("values", torch.zeros(256))
         self.register_buffer("slopes", torch.zeros(256))
         self.register_buffer("position", torch.zeros(2))  # 2^frac and the lowest code of the input
@@ -37,9 +40,10 @@ class Table(nn.Module):
     def tabulate(self, fmt: FixedPointFormat) -> None:
         """Fill the table for inputs of an 8-bit format."""
         codes = torch.arange(fmt.min_code, fmt.max_code + 1, dtype=torch.float64)
+        input_gain, output_gain = self.gains.tolist()
         with torch.enable_grad():
             x = (codes * fmt.step).requires_grad_()
-            y = self.output_gain * apply_function(self.function, self.input_gain * x)
+            y = output_gain * apply_function(self.function, input_gain * x)
             (slopes,) = torch.autograd.grad(y.sum(), x)
         self.values.copy_(y.detach())
         self.slopes.copy_(slopes)

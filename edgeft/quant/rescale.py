@@ -13,7 +13,7 @@ from edgeft.quant.formats import CLIP_FRAC, Groups, activation_format
 from edgeft.quant.plan import IMAGE, MOVES, AddStep, ConvStep, GlobalPoolStep, LinearStep, MulStep, Plan, Step, TableStep
 from edgeft.quant.points import separate
 from edgeft.quant.scaling import channels_of, per_input, scale_output, scale_readers
-from edgeft.quant.trace import trace
+from edgeft.quant.tracing.trace import trace
 
 IMAGE_NORM = "image_norm"
 """Name of the depthwise 1x1 layer that normalises the image where that cannot be folded into the stem."""
@@ -134,7 +134,7 @@ def scale_clips(plan: Plan, profile: str) -> None:
     Tensors tied to it by additions, pools, moves, products and constant convolutions take the same factor; producers are multiplied,
     consumers divided.
     """
-    for members in _ties(plan).sets():
+    for members in ties(plan).sets():
         clipped = [step for step in plan.steps if step.name in members and step.clip is not None]
         if not clipped:
             continue
@@ -142,10 +142,10 @@ def scale_clips(plan: Plan, profile: str) -> None:
             raise UnsupportedError(f"layer '{clipped[0].name}' (ReLU6) is added to the image itself, which cannot be rescaled")
         top = activation_format(profile, relu=True, frac=CLIP_FRAC[profile]).max_value
         factor = torch.tensor(top / min(step.clip for step in clipped if step.clip is not None), dtype=torch.float64)
-        _scale_group(plan, members, factor)
+        scale_group(plan, members, factor)
 
 
-def _ties(plan: Plan) -> Groups:
+def ties(plan: Plan) -> Groups:
     """Tensors that can only be scaled together. The gate of a product is not among them, its other factor is."""
     groups = Groups.of(plan.steps, AddStep, GlobalPoolStep, *MOVES)
     for step in plan.steps:
@@ -154,7 +154,8 @@ def _ties(plan: Plan) -> Groups:
     return groups
 
 
-def _scale_group(plan: Plan, members: set[str], factor: Tensor) -> None:
+def scale_group(plan: Plan, members: set[str], factor: Tensor) -> None:
+    """Multiply all tensors of a set of `ties` by `factor`, 0-dim and above 0, and make everything that reads them take it back."""
     for step in list(plan.steps):
         if isinstance(step, MulStep) and step.inputs[1] in members:
             _unscale_gate(plan, step, 1.0 / float(factor))

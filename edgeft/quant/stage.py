@@ -18,10 +18,10 @@ from edgeft.methods import Stage
 from edgeft.models import Classifier
 from edgeft.objective import Distillation, Labels, Objective
 from edgeft.quant import a2q
-from edgeft.quant.calibrate import calibrate_explained, n_advances
+from edgeft.quant.calibration.calibrate import calibrate_explained, n_advances
+from edgeft.quant.calibration.headroom import shifted_images
 from edgeft.quant.control import FormatControl
 from edgeft.quant.formats import FormatTable
-from edgeft.quant.headroom import shifted_images
 from edgeft.quant.lower import enforce_bounds, format_table, lower
 from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import ConvStep, Plan, run_float

@@ -13,11 +13,11 @@ from edgeft.errors import EdgeftError, VerificationError
 from edgeft.interpret import Interpreter
 from edgeft.models import Classifier, build_classifier
 from edgeft.quant.backbones import ProvenBackbone
-from edgeft.quant.calibrate import calibrate
+from edgeft.quant.calibration.calibrate import calibrate
 from edgeft.quant.lower import enforce_bounds, lower
 from edgeft.quant.plan import Plan, run_float
 from edgeft.quant.rescale import prepare_plan
-from edgeft.quant.trace import trace
+from edgeft.quant.tracing.trace import trace
 from edgeft.quant.training_graph import TrainingGraph
 from tests.nets import bytes_of
 

@@ -16,7 +16,7 @@ from edgeft.export.ort_runner import fusion
 from edgeft.export.verify import verify
 from edgeft.interpret import Interpreter
 from edgeft.models import build_classifier
-from edgeft.quant.calibrate import calibrate
+from edgeft.quant.calibration.calibrate import calibrate
 from edgeft.quant.lower import enforce_bounds, lower
 from edgeft.quant.stage import plan_of
 from edgeft.quant.training_graph import TrainingGraph

@@ -13,7 +13,7 @@ from edgeft.fixedpoint import FixedPointFormat
 from edgeft.graph import accumulator_bound
 from edgeft.interpret import Interpreter
 from edgeft.quant import a2q
-from edgeft.quant.calibrate import calibrate
+from edgeft.quant.calibration.calibrate import calibrate
 from edgeft.quant.lower import enforce_bounds, integers, lower
 from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import GlobalPoolStep, run_float

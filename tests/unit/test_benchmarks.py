@@ -28,7 +28,7 @@ from edgeft.models import Classifier, build_classifier
 from edgeft.pipeline import FloatModel
 from edgeft.progress import Progress
 from edgeft.quant.plan import Plan, Step
-from edgeft.quant.trace import trace
+from edgeft.quant.tracing.trace import trace
 from edgeft.report import EvalReport, ModelResult, SplitResult
 from tests.tiny import PREPROCESSING, context, dataset
 

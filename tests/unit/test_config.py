@@ -65,7 +65,7 @@ def test_one_folder_need_not_be_a_list() -> None:
     assert build_config(sets=["quant.unlabelled=a,b", "quant.loss=distill"]).quant.unlabelled == (Path("a"), Path("b"))
 
 
-def test_calibration_alone_measures_the_error_of_formats() -> None:
-    assert QuantConfig().format == "std"
-    assert QuantConfig(recipe="f8net-tiny").format == "grid"
+def test_only_long_training_starts_from_the_deviation() -> None:
+    assert QuantConfig().format == QuantConfig(recipe="f8net-tiny").format == "l4"
+    assert QuantConfig(recipe="f8net-conventional").format == "std"
     assert QuantConfig(recipe="f8net-tiny", format="std").format == "std"

@@ -11,7 +11,7 @@ from edgeft.config import QuantConfig
 from edgeft.interpret import Interpreter
 from edgeft.methods import Stage
 from edgeft.quant.brevitas_bridge import FixedPointQuant
-from edgeft.quant.calibrate import calibrate
+from edgeft.quant.calibration.calibrate import calibrate
 from edgeft.quant.control import FormatControl
 from edgeft.quant.f8net import octaves
 from edgeft.quant.formats import MAX_SHIFT
@@ -23,7 +23,7 @@ from edgeft.train import fit
 from tests import tiny
 from tests.nets import IMAGENET_MEAN, IMAGENET_STD, bytes_of, depthwise_net, prepared, randomise, residual_net
 
-QUICK = {"update_every": 2, "sigma_momentum": 0.5, "hysteresis": 0.15, "freeze_at": 0.5, "rounding": "nearest"}
+QUICK = {"format": "std", "update_every": 2, "sigma_momentum": 0.5, "hysteresis": 0.15, "freeze_at": 0.5, "rounding": "nearest"}
 
 
 def controlled(build: Any = residual_net, **quant: Any) -> tuple[FixedPointNet, FormatControl]:

@@ -34,7 +34,8 @@ def config_of(**quant: Any) -> QuantConfig:
 def model_of(name: str = "residual", **quant: Any) -> ConventionalNet:
     config = config_of(**quant)
     plan = prepared(randomise(NETS[name]()), config.profile, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    net = calibrated(plan, profile=config.profile, granularity=config.granularity, rounding=config.rounding)
+    net = calibrated(plan, recipe=config.recipe, profile=config.profile, format=config.format, granularity=config.granularity,
+                     rounding=config.rounding)  # fmt: skip
     a2q.prepare(net, config.accumulator_bits)
     return ConventionalNet(net, config)
 

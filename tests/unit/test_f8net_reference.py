@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from edgeft.fixedpoint import FixedPointFormat, dequantize, quantize
 from edgeft.graph import Add
 from edgeft.quant.brevitas_bridge import ActivationQuant
+from edgeft.quant.calibration.statistics import collect
 from edgeft.quant.f8net import SIGNED_STD, UNSIGNED_STD, std_constant, std_frac
 from edgeft.quant.lower import integers, lower
 from edgeft.quant.pact import published_frac, published_limit
 from edgeft.quant.plan import IMAGE, AddStep, ConvStep, run_step
-from edgeft.quant.statistics import collect
 from tests.nets import HALF, bytes_of, calibrated, depthwise_net, prepared, randomise, residual_net
 
 SIGNED, UNSIGNED = FixedPointFormat(8, 0, signed=True, narrow=True), FixedPointFormat(8, 0, signed=False)

@@ -18,7 +18,7 @@ from edgeft.graph import IntegerGraph
 from edgeft.interpret import Interpreter
 from edgeft.methods import Stage
 from edgeft.models import build_classifier
-from edgeft.quant.calibrate import calibrate
+from edgeft.quant.calibration.calibrate import calibrate
 from edgeft.quant.control import FormatControl
 from edgeft.quant.fakequant import (
     RoundFused,
@@ -184,7 +184,7 @@ def qat(work: Path) -> FixedPointNet:
     net = calibrated(prepared(randomise(residual_net())))
     net.cuda()
     sigmas = {point.name: 160.0 * 2.0 ** -net.frac(point.name) for point in net.points}  # too large: coarser formats come first
-    control = FormatControl(net, QuantConfig(update_every=1), sigmas)
+    control = FormatControl(net, QuantConfig(format="std", update_every=1), sigmas)
     fit(net, replace(STAGE, name="qat", epochs=2, learning_rates=(0.01,)), DATA.train, DATA.val, cuda_context(work), control.before_step)
     assert control.moves > 0, "otherwise nothing was seen of moving formats"
     return net

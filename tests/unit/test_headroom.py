@@ -9,9 +9,9 @@ import torch
 from edgeft.config import QuantConfig
 from edgeft.data.preprocess import Preprocessing
 from edgeft.errors import DataError
-from edgeft.quant.calibrate import calibrate
+from edgeft.quant.calibration.calibrate import calibrate
+from edgeft.quant.calibration.headroom import CORRUPTIONS, corrupt, corrupted, shifted_images
 from edgeft.quant.control import FormatControl
-from edgeft.quant.headroom import CORRUPTIONS, corrupt, corrupted, shifted_images
 from edgeft.quant.plan import IMAGE
 from tests.nets import bytes_of, prepared, randomise, residual_net
 from tests.tiny import DATA
@@ -48,7 +48,7 @@ def test_which_images_are_looked_at() -> None:
 def test_formats_hold_the_larger_of_both_statistics() -> None:
     images = bytes_of(12, seed=1)[2:]
     dim = (bytes_of(12, seed=3)[2:] // 8 + 112).astype(np.uint8)
-    config = QuantConfig(rounding="nearest", equalize=False)
+    config = QuantConfig(rounding="nearest", equalize=False, fit_ranges=False)
 
     def fracs(*given: np.ndarray) -> dict[str, int]:
         net, _ = calibrate(prepared(randomise(residual_net())), torch.from_numpy(given[0]), config, lambda *_: None,
@@ -63,7 +63,7 @@ def test_formats_hold_the_larger_of_both_statistics() -> None:
 
 def test_training_does_not_take_the_room_back() -> None:
     def end(headroom: Any) -> tuple[dict[str, int], dict[str, int]]:
-        config = QuantConfig(rounding="nearest", headroom=headroom, update_every=1, sigma_momentum=0.0)
+        config = QuantConfig(format="std", rounding="nearest", headroom=headroom, update_every=1, sigma_momentum=0.0)
         images = torch.from_numpy(bytes_of(8, seed=1))
         net, sigmas = calibrate(prepared(randomise(residual_net())), images, config, lambda *_: None)
         net.set_fracs({p.name: net.frac(p.name) - 2 for p in net.points})

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgeft.quant.compensate import compensate_rounding
-from edgeft.quant.flexround import flexround
-from edgeft.quant.layerfit import LayerSample, fit_layer, importance
+from edgeft.quant.calibration.compensate import compensate_rounding
+from edgeft.quant.calibration.flexround import flexround
+from edgeft.quant.calibration.layerfit import LayerSample, fit_layer, importance
 from edgeft.quant.plan import AddStep, ConvStep, Plan
 from tests.nets import depthwise_net, prepared, randomise
 
@@ -77,7 +77,7 @@ def test_given_formats_are_kept() -> None:
 
 
 def test_flexround_is_deterministic_stays_on_the_grid_and_never_loses_on_held_out_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeft.quant.flexround.STEPS", 120)
+    monkeypatch.setattr("edgeft.quant.calibration.flexround.STEPS", 120)
     sample = sample_of(random_weight(6), noise=0.02, n=1600)
     start = fit_layer(sample, torch.tensor(3.0), HIGH, per_channel=False)[0]
     first, second = (flexround(sample, start, HIGH, seed=4) for _ in range(2))

@@ -30,7 +30,7 @@ def test_lpft_freezes_batch_norm_and_takes_a_tenth_of_the_rates() -> None:
     assert (tuning.batch_norm, full.batch_norm) == ("frozen", "train")
     assert full.learning_rates == (3e-3, 1e-2, 3e-2)
     assert tuning.learning_rates == pytest.approx([rate / 10 for rate in full.learning_rates])
-    assert (tuning.momentum, tuning.weight_decay, tuning.epochs) == (0.9, 0.0, 8)
+    assert (tuning.momentum, tuning.weight_decay, tuning.epochs) == (0.9, 0.0, 40)
 
 
 @pytest.mark.parametrize("method", ["ft", "lpft"])
@@ -38,6 +38,11 @@ def test_the_configuration_wins(method: str) -> None:
     flags = {"train.lr": [0.5], "train.epochs": 2, "train.momentum": 0.0, "train.weight_decay": 0.1}
     stage = stages(method, **flags)[-1]
     assert (stage.learning_rates, stage.epochs, stage.momentum, stage.weight_decay) == ((0.5,), 2, 0.0, 0.1)
+
+
+def test_epochs_depend_on_the_data_unless_given() -> None:
+    assert [stages(method)[-1].epochs for method in ("ft", "lpft")] == [40, 40]
+    assert [stages(method, **{"data.source": "photos"})[-1].epochs for method in ("ft", "lpft")] == [8, 8]
 
 
 def test_penalties_depend_on_the_data_unless_given() -> None:

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeft.errors import UnsupportedError
+from edgeft.quant.calibration.statistics import collect
 from edgeft.quant.formats import CLIP_FRAC
 from edgeft.quant.plan import ConvStep, GlobalPoolStep, LinearStep, Plan, run_float
 from edgeft.quant.rescale import IMAGE_NORM, depthwise, equalize, fold_image, fold_pooling, prepare_plan, scale_clips
-from edgeft.quant.statistics import collect
-from edgeft.quant.trace import trace
+from edgeft.quant.tracing.trace import trace
 from tests.nets import (
     HALF,
     IMAGENET_MEAN,

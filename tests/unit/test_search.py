@@ -5,11 +5,11 @@ from torch.nn import functional as F
 
 from edgeft.config import QuantConfig
 from edgeft.interpret import Interpreter
-from edgeft.quant.calibrate import calibrate
+from edgeft.quant.calibration.calibrate import calibrate
+from edgeft.quant.calibration.search import search
 from edgeft.quant.lower import enforce_bounds, lower
 from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import Plan, run_float
-from edgeft.quant.search import search
 from edgeft.quant.training_graph import TrainingGraph
 from tests.nets import bytes_of, depthwise_net, prepared, randomise, residual_net
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import edgeft.micro
 from edgeft.errors import UnsupportedError
 from edgeft.quant.plan import AddStep, ConvStep, MaxPoolStep
-from edgeft.quant.trace import trace
+from edgeft.quant.tracing.trace import trace
 from tests.nets import SIZE, Sum, depthwise_net, head, residual_net
 from tests.traced import assert_same_function
 

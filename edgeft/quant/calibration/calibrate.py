@@ -9,16 +9,17 @@ from torch import Tensor
 from edgeft.config import QuantConfig
 from edgeft.errors import DataError, UnsupportedError
 from edgeft.quant import a2q
-from edgeft.quant.compensate import channel_means, layer_inputs
-from edgeft.quant.f8net import Rule
-from edgeft.quant.flexround import flexround
+from edgeft.quant.calibration.compensate import channel_means, layer_inputs
+from edgeft.quant.calibration.flexround import flexround
+from edgeft.quant.calibration.layerfit import LayerFit, LayerSample, fit_layer, importance, put
+from edgeft.quant.calibration.ranges import fit_ranges
+from edgeft.quant.calibration.search import search
+from edgeft.quant.calibration.statistics import TensorStatistics, collect, explain, propose, propose_weight
+from edgeft.quant.f8net import POWERS, Rule
 from edgeft.quant.formats import weight_format
-from edgeft.quant.layerfit import LayerFit, LayerSample, fit_layer, importance, put
 from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import IMAGE, ConvStep, LinearStep, Plan, Weighted, rectify, run_step
 from edgeft.quant.rescale import IMAGE_NORM, equalize
-from edgeft.quant.search import search
-from edgeft.quant.statistics import TensorStatistics, collect, explain, propose, propose_weight
 
 Advance = Callable[..., None]
 Fits = dict[str, list[LayerFit]]
@@ -57,16 +58,10 @@ def calibrate_explained(plan: Plan, images: Tensor, config: QuantConfig, advance
     """
     if len(images) == 0:
         raise DataError("calibration needs at least one image, and there is none")
-    statistics = collect(plan, images)
-    if config.equalize and config.granularity == "tensor":
-        peaks = {name: s.peak for name, s in statistics.items()}
-        if equalize(plan, peaks, {name: s.clip_active for name, s in statistics.items()}):
-            statistics = collect(plan, images)
+    seen = _observe(plan, images, shifted, config)
+    statistics = seen[0]
     net = FixedPointNet(plan, profile=config.profile, per_channel=config.granularity == "channel").eval()
-    proposals = {point.name: propose_point(net, point.name, statistics, config) for point in net.points}
-    if shifted is not None:
-        beyond = collect(plan, shifted)
-        proposals = {name: min(frac, propose_point(net, name, beyond, config)) for name, frac in proposals.items()}
+    proposals = {p.name: min(propose_point(net, p.name, found, config) for found in seen) for p in net.points}
     net.set_fracs(proposals)
     for step in plan.weighted():
         net.set_weight_fracs(step.name, propose_layer(net, step, config))
@@ -78,9 +73,20 @@ def calibrate_explained(plan: Plan, images: Tensor, config: QuantConfig, advance
     return Calibration(net, {p.name: statistics[p.name].spread for p in net.points}, explain(net, statistics, rule_of(config)))
 
 
+def _observe(plan: Plan, images: Tensor, shifted: Tensor | None, config: QuantConfig) -> list[dict[str, TensorStatistics]]:
+    """Statistics of the plan, equalised and with ranges fitted as configured: on the calibration images, then on shifted ones if any."""
+    statistics = collect(plan, images)
+    if config.equalize and config.granularity == "tensor":
+        peaks = {name: s.peak for name, s in statistics.items()}
+        if equalize(plan, peaks, {name: s.clip_active for name, s in statistics.items()}):
+            statistics = collect(plan, images)
+    seen = [statistics] if shifted is None else [statistics, collect(plan, shifted)]
+    return fit_ranges(plan, seen, config.profile, rule_of(config)) if config.fit_ranges else seen
+
+
 def rule_of(config: QuantConfig) -> Rule:
-    """The rule that proposes formats; a search and learned clips start from least squared error."""
-    return "grid" if config.format == "search" or config.format == "pact" else config.format
+    """The rule that proposes formats; a search and learned clips start from least error."""
+    return "l4" if config.format == "search" or config.format == "pact" else config.format
 
 
 def propose_point(net: FixedPointNet, name: str, statistics: dict[str, TensorStatistics], config: QuantConfig) -> int:
@@ -143,7 +149,7 @@ def _fit(net: FixedPointNet, step: Weighted, x: Tensor, exact: Tensor, config: Q
     columns = [layer_inputs(step, source, torch.Generator().manual_seed(seed)) for source in (x, exact)]
     sample = LayerSample(step, columns[0], columns[1], importance(net.plan, step))
     per_channel = bool(layer.body.frac.ndim)
-    fracs = None if rule_of(config) == "grid" else layer.body.frac
+    fracs = None if rule_of(config) in POWERS else layer.body.frac
     try:
         fits = fit_layer(sample, fracs, layer.body.high, per_channel=per_channel)
     except torch.linalg.LinAlgError as error:

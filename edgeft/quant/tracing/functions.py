@@ -8,12 +8,12 @@ import torch
 from torch.nn import functional as F
 
 from edgeft.quant.plan import AddStep, ConcatStep, MulStep
-from edgeft.quant.trace_activations import leaky_relu, look_up
-from edgeft.quant.trace_builder import Builder
-from edgeft.quant.trace_fold import add_constant, multiply, rectify
-from edgeft.quant.trace_layers import convolve, enlarge, linear
-from edgeft.quant.trace_pools import adaptive_max_pool, adaptive_pool, average_pool, global_pool, max_pool
-from edgeft.quant.trace_values import Value, place
+from edgeft.quant.tracing.activations import leaky_relu, look_up
+from edgeft.quant.tracing.builder import Builder
+from edgeft.quant.tracing.fold import add_constant, multiply, rectify
+from edgeft.quant.tracing.layers import convolve, enlarge, linear
+from edgeft.quant.tracing.pools import adaptive_max_pool, adaptive_pool, average_pool, global_pool, max_pool
+from edgeft.quant.tracing.values import Value, place
 
 Rule = Callable[..., Any]
 

@@ -8,9 +8,9 @@ from timm.layers import activations_me as lean
 from torch import nn
 
 from edgeft.quant.plan import TableStep
-from edgeft.quant.trace_builder import Builder
-from edgeft.quant.trace_fold import movable, rectify
-from edgeft.quant.trace_values import Value
+from edgeft.quant.tracing.builder import Builder
+from edgeft.quant.tracing.fold import movable, rectify
+from edgeft.quant.tracing.values import Value
 
 QUICK_GELU = 1.702
 """x sigmoid(1.702 x) is a SiLU between two gains."""

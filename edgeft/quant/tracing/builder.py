@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from edgeft.errors import UnsupportedError
 from edgeft.quant.plan import IDENTITY_FRAC, IMAGE, ConvStep, Padding, Pair, ResizeStep, SelectStep, Step, TableStep
 from edgeft.quant.tables import FUNCTIONS
-from edgeft.quant.trace_values import ZERO, Placement, Value, place
+from edgeft.quant.tracing.values import ZERO, Placement, Value, place
 
 HINT = "see 'edgeft list backbones' for networks that are known to lower"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from edgeft.quant.compensate import centred, compensate_rounding, refit
+from edgeft.quant.calibration.compensate import centred, compensate_rounding, refit
 from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import ConvStep, Plan, Step, Weighted, rectify
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeft.quant.plan import ConvStep
-from edgeft.quant.trace_activations import ACTIVATION_TYPES, ACTIVATIONS, activate
-from edgeft.quant.trace_builder import Builder, window_shape
-from edgeft.quant.trace_fold import affine, exact_frac, per_channel
-from edgeft.quant.trace_pools import adaptive_max_pool, adaptive_pool, average_pool, max_pool, pair, same_padding, sum_of, symmetric
-from edgeft.quant.trace_values import Value
+from edgeft.quant.tracing.activations import ACTIVATION_TYPES, ACTIVATIONS, activate
+from edgeft.quant.tracing.builder import Builder, window_shape
+from edgeft.quant.tracing.fold import affine, exact_frac, per_channel
+from edgeft.quant.tracing.pools import adaptive_max_pool, adaptive_pool, average_pool, max_pool, pair, same_padding, sum_of, symmetric
+from edgeft.quant.tracing.values import Value
 
 PASS_THROUGH: tuple[type[nn.Module], ...] = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, DropPath)
 _STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)

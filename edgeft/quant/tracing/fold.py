@@ -20,8 +20,8 @@ from edgeft.quant.plan import (
     Step,
     TableStep,
 )
-from edgeft.quant.trace_builder import Builder
-from edgeft.quant.trace_values import Value
+from edgeft.quant.tracing.builder import Builder
+from edgeft.quant.tracing.values import Value
 
 MAX_CODE = 127
 """Largest code of a constant weight."""

@@ -12,10 +12,10 @@ from torch import fx, nn
 
 from edgeft.errors import UnsupportedError
 from edgeft.quant.plan import ConvStep, FlattenStep, LinearStep, Plan, Step
-from edgeft.quant.trace_builder import HINT, Builder, in_place, values_in
-from edgeft.quant.trace_functions import rule_for
-from edgeft.quant.trace_layers import LEAVES, MODULES
-from edgeft.quant.trace_values import Value
+from edgeft.quant.tracing.builder import HINT, Builder, in_place, values_in
+from edgeft.quant.tracing.functions import rule_for
+from edgeft.quant.tracing.layers import LEAVES, MODULES
+from edgeft.quant.tracing.values import Value
 
 
 class _Tracer(fx.Tracer):

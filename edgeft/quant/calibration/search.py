@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgeft.quant.layerfit import LayerFit, put
+from edgeft.quant.calibration.layerfit import LayerFit, put
 from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import IMAGE, ConvStep, LinearStep, Step, run_float
 

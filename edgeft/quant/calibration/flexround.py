@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from edgeft.quant.layerfit import LayerFit, LayerSample
+from edgeft.quant.calibration.layerfit import LayerFit, LayerSample
 from edgeft.quant.plan import rectify
 
 STEPS = 300

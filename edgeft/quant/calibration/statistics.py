@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edgeft.errors import UnsupportedError
 from edgeft.fixedpoint import FixedPointFormat, dequantize, quantize
-from edgeft.quant.f8net import EMPTY_FRAC, UNSIGNED_RMS, Rule, grid_frac, minmax_frac, spread, std_constant, std_frac
+from edgeft.quant.f8net import EMPTY_FRAC, POWERS, UNSIGNED_RMS, Rule, grid_frac, minmax_frac, spread, std_constant, std_frac
 from edgeft.quant.formats import Point, weight_format
 from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import IMAGE, ConvStep, Plan, TableStep, Weighted, rectify, run_step
@@ -57,6 +57,14 @@ class TensorStatistics:
             self.energy = self.energy + energy
             self.clip_loss = self.clip_loss + energy - rectified.clamp(max=self.clip).square().sum(others)
         self.samples.append(x.flatten()[:: max(1, x.numel() // keep)].clone())
+
+    def scaled(self, factor: float) -> "TensorStatistics":
+        """Those of the tensor times a factor above 0; a clip moves along."""
+        square = factor**2
+        return TensorStatistics(
+            self.relu, None if self.clip is None else self.clip * factor, self.count, self.total * factor, self.squares * square,
+            self.peak * factor, self.energy * square, self.clip_loss * square, [part * factor for part in self.samples],
+        )  # fmt: skip
 
     @property
     def mean(self) -> float:
@@ -116,8 +124,8 @@ def propose(plan: Plan, point: Point, statistics: TensorStatistics, rule: Rule) 
         return EMPTY_FRAC
     if rule == "minmax":
         return minmax_frac(min(peak, statistics.clip) if statistics.clip is not None else peak, fmt.max_code)
-    if rule == "grid" or isinstance(plan[point.name], TableStep):
-        return grid_frac(statistics.sample(), fmt, relu=point.relu)  # a function's values are bounded on one side: no Gaussian
+    if rule in POWERS or isinstance(plan[point.name], TableStep):  # a function's values are bounded on one side: no Gaussian
+        return grid_frac(statistics.sample(), fmt, relu=point.relu, power=POWERS.get(rule, 2))
     if not fmt.signed and not point.relu:
         return std_frac(statistics.rms, UNSIGNED_RMS)  # averages or products of rectified values: none before rectification
     return std_frac(statistics.spread, std_constant(fmt, relu=point.relu))
@@ -135,8 +143,8 @@ def propose_weight(weight: NDArray[np.float64], fmt: FixedPointFormat, rule: Rul
         return EMPTY_FRAC
     if rule == "minmax":
         return minmax_frac(peak, fmt.max_code)
-    if rule == "grid":
-        return grid_frac(weight, fmt, relu=False)
+    if rule in POWERS:
+        return grid_frac(weight, fmt, relu=False, power=POWERS[rule])
     return std_frac(weight_spread(weight), std_constant(fmt, relu=False))
 
 

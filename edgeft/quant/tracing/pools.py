@@ -8,8 +8,8 @@ import torch
 from timm.layers import get_same_padding
 
 from edgeft.quant.plan import IDENTITY_FRAC, ConvStep, GlobalPoolStep, MaxPoolStep, MulStep, Padding, Pair, SelectStep, TableStep
-from edgeft.quant.trace_builder import Builder, window_shape
-from edgeft.quant.trace_values import Value
+from edgeft.quant.tracing.builder import Builder, window_shape
+from edgeft.quant.tracing.values import Value
 
 
 def pair(value: Any) -> Pair:

@@ -1,0 +1,1 @@
+"""Formats and rounded weights of a plan from a few images, without labels."""

@@ -1,0 +1,1 @@
+"""A network traced by operator into a plan of fixed-point steps."""
