@@ -21,9 +21,6 @@ from edgeft.quant.rescale import IMAGE_NORM, IMAGE_VALUES, scale_group, ties
 
 TRIALS = 8
 """Factors tried within an octave: the range is met to half of 9 %."""
-LOOKED_AT = 1 << 13
-"""Values of each tensor that a trial looks at."""
-
 Statistics = dict[str, TensorStatistics]
 
 
@@ -63,7 +60,6 @@ def _error(plan: Plan, points: Sequence[Point], seen: Sequence[Statistics], rule
 
 
 def _error_of(statistics: TensorStatistics, point: Point, frac: int, power: int) -> float:
-    sample = statistics.sample()
-    values = sample[:: max(1, len(sample) // LOOKED_AT)]
+    values = statistics.sample()
     fmt = FixedPointFormat(point.format.width, frac, point.format.signed)
     return relative_error(np.maximum(values, 0.0) if point.relu else values, fmt, power)
