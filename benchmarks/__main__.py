@@ -77,7 +77,7 @@ def ptq(
     from benchmarks.runs import parse
     from edgeft.config import build_config
 
-    quant = build_config(sets=["quant.format=grid", *(set_ or [])]).quant
+    quant = build_config(sets=set_ or []).quant
     chosen = [v for v in VARIANTS if not variants or any(part in f"{v.label} per {v.granularity}" for part in variants)]
     nets = [parse(text)[:2] for text in named]
     _done(run(nets, out, calibration=calibration, scored=scored or [], quant=quant, draws=range(draws), variants=chosen,

@@ -12,11 +12,12 @@ from edgeft.registry import nearest
 
 
 def _as_list(value: Any) -> Any:
-    return (value,) if isinstance(value, str | Path) else value
+    return (value,) if isinstance(value, str | Path | int | float) else value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_as_list)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_list)]
 """One alone need not be written as a list."""
 
 
@@ -61,7 +62,7 @@ class ModelConfig(Section):
 class ProbeConfig(Section):
     """The linear probe."""
 
-    penalties: tuple[float, ...] | None = Field(
+    penalties: Numbers | None = Field(
         None, min_length=1, description="L2 strengths to try (1/C per image); default: 1e-1, 1e-2 for 'shapes', else 1e-1 ... 1e-6"
     )
     max_iter: int = Field(200, ge=1, description="L-BFGS iterations for each strength")
@@ -74,7 +75,7 @@ class TrainConfig(Section):
     epochs: int | None = Field(None, ge=1, description="epochs of each fine-tuning run; default: 40 for 'shapes', else 8")
     batch: int = Field(32, ge=1, description="images per step, over all processes")
     accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
-    lr: tuple[float, ...] | None = Field(None, min_length=1, description="learning rates to try; default: the method's own grid")
+    lr: Numbers | None = Field(None, min_length=1, description="learning rates to try; default: the method's own grid")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
     weight_decay: float = Field(0.0, ge=0, description="SGD weight decay")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type of the float stages")

@@ -17,10 +17,12 @@ def run_stages(classifier: Classifier, stages: list[Stage], dataset: Dataset, co
     Returns a JSON-able record for each stage: its name and settings under "stage" and its choice and history under "result".
     Finished stages are read back from `context.work`. Raises what `fit_probe` and `fit` raise.
     """
-    records = []
+    records: list[dict[str, Any]] = []
     for stage in stages:
         solve = fit_probe if stage.solver == "lbfgs" else fit
         result = solve(classifier, stage, dataset.train, dataset.val, context)
         context.say(f"{stage.name}: validation {result.val_accuracy:.1%}")
+        if records and result.val_accuracy < records[-1]["result"]["val_accuracy"]:
+            context.say(f"{stage.name}: below its start on validation; lower learning rates (train.lr) may do better")
         records.append({"stage": asdict(stage), "result": asdict(result)})
     return records

@@ -58,6 +58,12 @@ def test_what_fits_is_allowed(quant: dict[str, Any]) -> None:
     assert Config.model_validate(config.model_dump(mode="json")) == config
 
 
+def test_one_rate_need_not_be_a_list() -> None:
+    config = build_config(sets=["train.lr=0.001", "probe.penalties=1"])
+    assert (config.train.lr, config.probe.penalties) == ((0.001,), (1.0,))
+    assert build_config(sets=["train.lr=1e-3,1e-2"]).train.lr == (0.001, 0.01)
+
+
 def test_one_folder_need_not_be_a_list() -> None:
     config = build_config(sets=["quant.unlabelled=photos", "quant.loss=distill", "data.ood=night=dark"])
     assert config.quant.unlabelled == (Path("photos"),)

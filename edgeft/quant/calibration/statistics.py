@@ -10,8 +10,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeft.errors import UnsupportedError
-from edgeft.fixedpoint import FixedPointFormat, dequantize, quantize
-from edgeft.quant.f8net import EMPTY_FRAC, POWERS, UNSIGNED_RMS, Rule, grid_frac, minmax_frac, spread, std_constant, std_frac
+from edgeft.fixedpoint import FixedPointFormat
+from edgeft.quant.f8net import (
+    EMPTY_FRAC,
+    POWERS,
+    UNSIGNED_RMS,
+    Rule,
+    grid_frac,
+    minmax_frac,
+    relative_error,
+    spread,
+    std_constant,
+    std_frac,
+)
 from edgeft.quant.formats import Point, weight_format
 from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import IMAGE, ConvStep, Plan, TableStep, Weighted, rectify, run_step
@@ -29,7 +40,8 @@ class TensorStatistics:
     """Statistics of one tensor over the calibration images, before its `relu` and `clip` unless said otherwise.
 
     All tensors are per channel: `total` and `squares` the sums of values and of their squares, `peak` the largest rectified value
-    before a clip, `clip_loss` the part of the rectified `energy` that the clip removes.
+    before a clip, `clip_loss` the part of the rectified `energy` that the clip removes. `factor` is what fitting its range multiplied the
+    tensor by.
     """
 
     relu: bool = False
@@ -41,6 +53,7 @@ class TensorStatistics:
     energy: Tensor = field(default_factory=lambda: torch.zeros(1))
     clip_loss: Tensor = field(default_factory=lambda: torch.zeros(1))
     samples: list[Tensor] = field(default_factory=list)
+    factor: float = 1.0
 
     def update(self, x: Tensor, *, keep: int) -> None:
         """Add a batch [n, c, ...]; `keep` evenly spaced values of it go into the sample."""
@@ -64,6 +77,7 @@ class TensorStatistics:
         return TensorStatistics(
             self.relu, None if self.clip is None else self.clip * factor, self.count, self.total * factor, self.squares * square,
             self.peak * factor, self.energy * square, self.clip_loss * square, [part * factor for part in self.samples],
+            self.factor * factor,
         )  # fmt: skip
 
     @property
@@ -148,38 +162,42 @@ def propose_weight(weight: NDArray[np.float64], fmt: FixedPointFormat, rule: Rul
     return std_frac(weight_spread(weight), std_constant(fmt, relu=False))
 
 
-def alternatives(values: NDArray[np.float64], fmt: FixedPointFormat) -> dict[str, float]:
-    """Relative root mean square error of storing `values` at a format's fraction and one beside it on either side, by fraction."""
-    size = float(np.sqrt(np.square(values).mean())) if values.size else 0.0
-    if size == 0.0:
+def alternatives(values: NDArray[np.float64], fmt: FixedPointFormat, power: int = 2) -> dict[str, float]:
+    """Relative error of storing `values` at a format's fraction and one beside it on either side, by fraction: its L_power norm."""
+    if not np.any(values):
         return {}
     trials = [FixedPointFormat(fmt.width, fmt.frac + change, fmt.signed, fmt.narrow) for change in (-1, 0, 1)]
-    return {str(t.frac): float(np.sqrt(np.square(dequantize(quantize(values, t), t) - values).mean())) / size for t in trials}
+    return {str(trial.frac): relative_error(values, trial, power) ** (1.0 / power) for trial in trials}
 
 
 def explain(net: FixedPointNet, statistics: dict[str, TensorStatistics], rule: Rule) -> dict[str, Any]:
     """Why each format is what it is: {"activations" or "layers": {name: {"reason", "alternatives"}}}, JSON values.
 
-    Errors of activations are those of the float tensor, of weights those of plain rounding of the float weights, before any
-    compensation. Layers with a format for each output channel list the mean over channels at "-1", "0" and "+1" of each one's own
-    as `alternatives_by_change`.
+    Errors are in the norm of the rule, root mean square where it has none: of activations those of the float tensor, of weights those of
+    plain rounding of the float weights, before any compensation. Layers with a format for each output channel list the mean over
+    channels at "-1", "0" and "+1" of each one's own as `alternatives_by_change`. Activations also have the `range_factor` that they were
+    multiplied by to fill their format.
     """
     activations = {}
     for point in net.points:
         sample = statistics[point.name].sample()
         values = np.maximum(sample, 0.0) if point.relu else sample
         table = isinstance(net.plan[point.name], TableStep) and rule == "std"
-        activations[point.name] = {"reason": "grid" if table else rule, "alternatives": alternatives(values, net.format(point.name))}
+        activations[point.name] = {
+            "reason": "grid" if table else rule,
+            "alternatives": alternatives(values, net.format(point.name), POWERS.get(rule, 2)),
+            "range_factor": statistics[point.name].factor,
+        }  # fmt: skip
     return {"activations": activations, "layers": {step.name: _explain_layer(net, step, rule) for step in net.plan.weighted()}}
 
 
 def _explain_layer(net: FixedPointNet, step: Weighted, rule: Rule) -> dict[str, Any]:
     fracs = net.weight_fracs(step.name)
-    reason = "constant" if isinstance(step, ConvStep) and step.fixed else rule
+    reason, power = "constant" if isinstance(step, ConvStep) and step.fixed else rule, POWERS.get(rule, 2)
     weight = step.weight.detach().cpu().double().numpy()
     if len(fracs) == 1:
-        return {"reason": reason, "alternatives": alternatives(weight, weight_format(fracs[0]))}
-    found = [alternatives(row, weight_format(frac)) for row, frac in zip(weight, fracs, strict=True)]
+        return {"reason": reason, "alternatives": alternatives(weight, weight_format(fracs[0]), power)}
+    found = [alternatives(row, weight_format(frac), power) for row, frac in zip(weight, fracs, strict=True)]
     errors = np.array([list(row.values()) for row in found if row]).reshape(-1, 3)
     by_change = dict(zip(("-1", "0", "+1"), errors.mean(0).tolist(), strict=True)) if len(errors) else {}
     return {"reason": reason, "alternatives_by_change": by_change}
