@@ -1,4 +1,4 @@
-"""Range fitting: every tensor scaled, without changing the function, so that its values fill a power-of-two format.
+"""Range fitting (eq. 20): every tensor scaled, without changing the function, so that its values fill a power-of-two format.
 
 A format whose scale is a power of two misses the best clipping range of a tensor by up to a factor of 2, half of it on average in the
 logarithm. Where neighbouring weights can take a factor up and back, the tensor can be stretched to the range instead, so that a shift
