@@ -137,8 +137,8 @@ class RenderedImages:
 def load(seed: int = 0) -> Dataset:
     """Twenty classes drawn for this seed, with 5 training images each; seeds share no class and no image.
 
-    Few images are where keeping pretrained features matters most: fitted to more of them (20 of each class), full fine-tuning is as good
-    in distribution as LP-FT, and as much worse under shift.
+    Few images are where keeping pretrained features matters most: fitted to more of them (20 of each class), full fine-tuning is a
+    little better in distribution than LP-FT, and still worse under shift.
     """
     if seed < 0:
         raise ConfigError(f"dataset 'shapes' cannot use seed {seed}", "use a seed of 0 or more")
