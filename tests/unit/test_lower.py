@@ -145,7 +145,7 @@ def test_one_layer_by_hand() -> None:
         conv.weight.copy_(torch.tensor([[0.5, -0.25, 0.75], [1.0, 0.1, -0.9]]).view(2, 3, 1, 1))
         assert conv.bias is not None
         conv.bias.copy_(torch.tensor([0.1, -0.2]))
-    fixed = calibrated(prepared(net, "u8", 4, (0.0,) * 3, (1.0,) * 3), rounding="nearest")
+    fixed = calibrated(prepared(net, "u8", 4, (0.0,) * 3, (1.0,) * 3), rounding="nearest", fit_ranges=False)
     graph, images = lower(fixed), bytes_of(3, 4)
     frac, out = fixed.weight_fracs("0")[0], graph.format("0")
     weight = np.rint(conv.weight.detach().double().numpy()[..., 0, 0] * 256 / 255 * 2.0**frac).astype(np.int64)
