@@ -10,7 +10,7 @@ import numpy as np
 
 from edgeft.artifact import Artifact, is_finished
 from edgeft.errors import TrainingError
-from edgeft.pipeline import FIXED_POINT, FLOAT
+from edgeft.exporting import FIXED_POINT, FLOAT
 from edgeft.progress import Progress
 from edgeft.report import EvalReport, ModelResult
 

@@ -19,8 +19,9 @@ from edgeft.artifact import Artifact
 from edgeft.checkpoint import restore
 from edgeft.config import Config, ModelConfig
 from edgeft.data.preprocess import Preprocessing
+from edgeft.export.onnx_nodes import INPUT
 from edgeft.export.onnx_qdq import build_model
-from edgeft.export.ort_runner import INPUT, OnnxRunner
+from edgeft.export.ort_runner import OnnxRunner
 from edgeft.export.verify import verify
 from edgeft.graph import IntegerGraph
 from edgeft.interpret import Interpreter

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from edgeft.artifact import Artifact
     from edgeft.config import Config, build_config
     from edgeft.errors import EdgeftError
-    from edgeft.pipeline import export, train_quantize
+    from edgeft.exporting import export
+    from edgeft.pipeline import train_quantize
     from edgeft.progress import Progress
 
 __version__ = "0.1.0"
@@ -33,7 +34,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "export":
-        # The package itself, which can be called (VerbModule): importing pipeline.export here would be undone by any later
+        # The package itself, which can be called (VerbModule): importing exporting.export here would be undone by any later
         # `import edgeft.export`, because Python then binds the package to this name.
         return importlib.import_module("edgeft.export")
     if name not in _HOMES:
@@ -49,5 +50,5 @@ class VerbModule(ModuleType):
     """The class of the package edgeft.export: a module that can be called, so that one name is both the verb and the package."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward to edgeft.pipeline.export, whose signature and documentation hold."""
-        return importlib.import_module("edgeft.pipeline").export(*args, **kwargs)
+        """Forward to edgeft.exporting.export, whose signature and documentation hold."""
+        return importlib.import_module("edgeft.exporting").export(*args, **kwargs)

@@ -150,9 +150,9 @@ def export(
     targets = target or ["onnx"]
     for name in targets:
         TARGETS.entry(name)
-    from edgeft import pipeline
+    from edgeft import exporting
 
-    results = pipeline.export(run or latest_run(), targets, out, evaluate=not no_evaluate, progress=_progress())
+    results = exporting.export(run or latest_run(), targets, out, evaluate=not no_evaluate, progress=_progress())
     if json_:
         print(_json([{"target": result.target, "path": str(result.path), **result.summary} for result in results]))
     else:

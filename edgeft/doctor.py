@@ -18,8 +18,9 @@ REQUIRED = (
 EXTRAS = {
     "gpu": ("onnxruntime-gpu",),
     "trt": ("tensorrt",),
+    "trt-check": ("tensorrt-rtx",),
     "openvino": ("openvino",),
-    "dev": ("build", "hypothesis", "mypy", "openvino", "pytest", "pytest-cov", "ruff", "setuptools"),
+    "dev": ("build", "hypothesis", "mypy", "openvino", "pytest", "pytest-cov", "ruff", "setuptools", "tensorrt-rtx"),
 }
 CPU_FLAGS = {
     "avx2": ("avx2",),
@@ -32,7 +33,7 @@ CPU_FLAGS = {
 """Flags that decide how fast and by which instructions 8-bit products are summed, with their names in /proc/cpuinfo."""
 COMPILERS = ("cc", "gcc", "clang", "arm-none-eabi-gcc", "aarch64-linux-gnu-gcc")
 EMULATORS = ("qemu-arm", "qemu-aarch64", "qemu-system-arm")
-TENSORRT_FLAVOURS = ("tensorrt", "tensorrt_rtx")
+TENSORRT_FLAVOURS = ("tensorrt", "tensorrt-rtx")
 PROBE_TIMEOUT_S = 10
 
 

@@ -1,11 +1,8 @@
-"""train_quantize(), export() and plan(): the stages in order."""
+"""train_quantize() and plan(): the stages in order."""
 
 import shutil
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from edgeft.artifact import Artifact, claim_run, is_finished, write_artifact
@@ -14,13 +11,10 @@ from edgeft.config import Config
 from edgeft.context import TrainContext, make_accelerator
 from edgeft.data import Dataset
 from edgeft.data.loading import ImageCache, load_dataset, subset
-from edgeft.data.preprocess import Preprocessing
-from edgeft.errors import ConfigError, DataError, VerificationError
 from edgeft.evaluate import Predictions
 from edgeft.evaluate import evaluate as evaluate_runner
-from edgeft.export import TARGETS, ExportResult
-from edgeft.export.verify import verify
-from edgeft.graph import IntegerGraph
+from edgeft.export.verify import golden, verify
+from edgeft.exporting import FIXED_POINT, FLOAT, golden_images
 from edgeft.interpret import Interpreter
 from edgeft.methods import METHODS, Stage
 from edgeft.methods.run import run_stages
@@ -28,10 +22,8 @@ from edgeft.models import Classifier, build_classifier
 from edgeft.progress import Progress
 from edgeft.quant.stage import Quantized, plan_of, quantize
 from edgeft.quant.training_graph import TrainingGraph
-from edgeft.report import EvalReport, ModelResult, render
+from edgeft.report import EvalReport, ModelResult
 from edgeft.runner import Images, Logits, Runner
-
-FLOAT, FIXED_POINT = "float", "fixed point"
 
 
 class FloatModel:
@@ -151,17 +143,13 @@ def _write(
     config: Config, dataset: Dataset, context: TrainContext, quantized: Quantized, report: EvalReport,
     float_state: dict[str, Any], records: list[dict[str, Any]], predictions: dict[str, dict[str, Predictions]],
 ) -> None:  # fmt: skip
-    images = _golden_images(dataset, context.preprocessing, config)
-    logits = quantized.graph.output
-    codes = np.concatenate(
-        [Interpreter(quantized.graph).layers(part)[logits] for part in np.array_split(images, max(1, len(images) // 16))]
-    )
+    images, labels = golden_images(dataset, context.preprocessing, config)
     write_artifact(
         config.run_dir, kind="quantized", config=config.model_dump(mode="json"), seed=config.seed,
         preprocessing=context.preprocessing.to_json(), classes=dataset.classes,
         arrays={
             "weights.safetensors": dict(quantized.graph.constants), "float.safetensors": float_state,
-            "samples.safetensors": {"images": images, f"layer:{logits}": codes},
+            "samples.safetensors": {**golden(quantized.graph, images), "labels": labels},
             "predictions.safetensors": {f"{model}/{split}": top for model, found in predictions.items() for split, top in found.items()},
         },
         documents={
@@ -171,87 +159,3 @@ def _write(
                               "images": {"train": len(dataset.train), "val": len(dataset.val)}},
         },
     )  # fmt: skip
-
-
-def _golden_images(dataset: Dataset, p: Preprocessing, config: Config) -> Images:
-    return subset(dataset.tests, p, config.verify.golden, config.seed + 1)
-
-
-def export(
-    run: Path, targets: Sequence[str] = ("onnx",), out: Path | None = None, *, evaluate: bool = True, progress: Progress | None = None
-) -> list[ExportResult]:
-    """Export a run to each target, verify it code for code, and measure the exported model where the run's data are at hand.
-
-    Writes `out`/<target> (default RUN/export/<target>), each an artifact of kind "exported". Raises VerificationError when a single
-    code differs, UnsupportedError when a target cannot express the network, ArtifactError for a damaged run.
-    """
-    progress = progress or Progress(False)
-    for name in targets:
-        TARGETS.entry(name)
-    artifact = Artifact.load(run)
-    config = Config.model_validate(artifact.manifest.config)
-    dataset = _dataset_of(artifact, config, progress) if evaluate else None
-    return [_export_one(artifact, name, (out or artifact.path / "export") / name, dataset, config, progress) for name in targets]
-
-
-def _export_one(
-    artifact: Artifact, name: str, out: Path, dataset: Dataset | str | None, config: Config, progress: Progress
-) -> ExportResult:
-    target = TARGETS.get(name)
-    result: ExportResult = target.export(artifact, out)
-    report, lines = artifact.report(), list(result.lines)
-    summary = dict(result.summary)
-    if isinstance(dataset, Dataset):
-        runner, p = target.load(out), Preprocessing.from_json(artifact.manifest.preprocessing)
-        images = subset(dataset.tests, p, config.verify.samples, config.seed)
-        with progress.task(f"compare every layer of '{name}' on {len(images)} images", len(images)) as advance:
-            graph: IntegerGraph = artifact.graph()
-            for start in range(0, len(images), 32):
-                advance(verify(Interpreter(graph), runner, images[start : start + 32]))
-        result_model, found = evaluate_runner(runner, dataset, p, float_predictions=stored(artifact, FLOAT), progress=progress)
-        _check_predictions(name, found, stored(artifact, FIXED_POINT))
-        report = report.with_model(result_model)
-        summary |= {"compared_images": len(images), "report": report.to_json()}
-        lines += [f"       0 differing codes in {len(graph.tensors)} tensors on {len(images)} test images", "", render(report)]
-    elif dataset is not None:
-        lines.append(f"       accuracy not measured: {dataset}")
-    files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() and path.name not in _EXPORT_DOCUMENTS)
-    write_artifact(
-        out, kind="exported", config=artifact.manifest.config, seed=artifact.manifest.seed, preprocessing=artifact.manifest.preprocessing,
-        classes=artifact.manifest.classes, arrays={}, existing=files, parent=artifact.digest,
-        documents={"report.json": report.to_json(), "export.json": {"target": name, **summary}},
-    )  # fmt: skip
-    return ExportResult(result.target, result.path, summary, tuple(lines))
-
-
-_EXPORT_DOCUMENTS = ("manifest.json", "report.json", "export.json")
-
-
-def stored(artifact: Artifact, model: str) -> dict[str, Predictions]:
-    """Top classes that a model gave when the run was measured, by split."""
-    arrays = artifact.arrays("predictions.safetensors")
-    return {key.removeprefix(f"{model}/"): top for key, top in arrays.items() if key.startswith(f"{model}/")}
-
-
-def _check_predictions(target: str, found: dict[str, Predictions], expected: dict[str, Predictions]) -> None:
-    for split, top in found.items():
-        differing = int((top != expected[split]).sum())
-        if differing:
-            raise VerificationError(
-                f"'{target}' classifies {differing} of {len(top)} images of '{split}' otherwise than the run did",
-                "every layer is equal on the compared images; if other images changed since the run, repeat it or use --no-evaluate",
-            )
-
-
-def _dataset_of(artifact: Artifact, config: Config, progress: Progress) -> Dataset | str:
-    """The data that the run was measured on; or why they cannot be had any more."""
-    try:
-        dataset = load_dataset(config, progress, training=False)
-    except (DataError, ConfigError) as error:
-        return error.message
-    counts = {split.split: split.n for split in artifact.report().models[0].splits}
-    p = Preprocessing.from_json(artifact.manifest.preprocessing)
-    same = {split.name: len(split) for split in dataset.tests} == counts
-    if not same or not np.array_equal(_golden_images(dataset, p, config), artifact.samples()["images"]):
-        return f"the images of '{config.data.source}' are not those that the run was measured on"
-    return dataset

@@ -7,18 +7,24 @@ from typing import Any, Protocol
 
 from edgeft import VerbModule
 from edgeft.artifact import Artifact
+from edgeft.graph import IntegerGraph
 from edgeft.registry import Entry, Registry
 from edgeft.runner import LayerRunner
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export made: `path` is its directory, `summary` is for machines, `lines` are for people."""
+    """What an export made: `path` is its directory, `summary` is for machines, `lines` are for people.
+
+    `graph` is the network in it: the artifact's, or, where it is `converted`, one with other integers than the run was measured with.
+    """
 
     target: str
     path: Path
+    graph: IntegerGraph
     summary: dict[str, Any]
     lines: tuple[str, ...]
+    converted: bool = False
 
 
 class ExportTarget(Protocol):
@@ -33,6 +39,10 @@ class ExportTarget(Protocol):
 
     def load(self, out: Path, threads: int | None = None) -> LayerRunner:
         """Open what `export` wrote under `out`. Raises ArtifactError when it is not there."""
+        ...
+
+    def runtimes(self, out: Path) -> list[LayerRunner]:
+        """The file in every runtime that is installed here and reproduces it, the one that `load` opens first."""
         ...
 
 

@@ -3,7 +3,6 @@
 Activations are stored as uint8: zero point 0 where no code is negative, 128 elsewhere. See README.md beside this file.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,19 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
-import edgeft
 from edgeft.artifact import Artifact, atomic_write
-from edgeft.errors import UnsupportedError, VerificationError
+from edgeft.errors import UnsupportedError
 from edgeft.export import ExportResult
 from edgeft.export.agreement import check_float_agreement
+from edgeft.export.onnx_nodes import AVX2_PRECISION_KEY, artifact_metadata, assemble
 from edgeft.export.onnx_writer import Writer
-from edgeft.export.ort_runner import AVX2_PRECISION_KEY, INPUT, OUTPUT, TENSORS_KEY, Fusion, OnnxRunner, fusion
-from edgeft.export.verify import BATCH, verify
+from edgeft.export.ort_runner import Fusion, OnnxRunner, fusion
+from edgeft.export.verify import verify_samples
 from edgeft.fixedpoint import FixedPointFormat
-from edgeft.graph import SCHEMA, Add, Conv, GlobalPool, IntegerGraph, Linear, Mul, Tensor
-from edgeft.interpret import Interpreter
-from edgeft.runner import Images
+from edgeft.graph import Add, Conv, GlobalPool, IntegerGraph, Linear, Mul, Tensor
+from edgeft.runner import LayerRunner
 
 OPSET, IR_VERSION = 17, 8
 """Pinned: old enough for runtimes in the field, new enough for 8-bit MaxPool and per-channel DequantizeLinear."""
@@ -42,20 +40,10 @@ def build_model(graph: IntegerGraph, metadata: Mapping[str, str] | None = None) 
     writer = Writer(graph)
     for op in graph.ops:
         writer.write(op)
-    image, logits = graph.tensors[graph.input], graph.tensors[graph.output]
-    body = helper.make_graph(
-        writer.finish(),
-        "edgeft",
-        [helper.make_tensor_value_info(INPUT, TensorProto.UINT8, ["batch", *image.shape])],
-        [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", *logits.shape])],
-        list(writer.constants.values()),
-    )
-    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
-    model.producer_name, model.producer_version = "edgeft", edgeft.__version__
-    tensors = json.dumps([writer.stored(tensor).to_json() for tensor in graph.tensors.values()])
-    helper.set_model_props(model, {TENSORS_KEY: tensors, AVX2_PRECISION_KEY: "1", **_graph_metadata(graph), **(metadata or {})})
-    onnx.checker.check_model(model, full_check=True)
-    return model
+    writer.finish()
+    about = {AVX2_PRECISION_KEY: "1", **(metadata or {})}
+    stored = [writer.stored(tensor) for tensor in graph.tensors.values()]
+    return assemble(graph, writer, stored, opset=OPSET, ir_version=IR_VERSION, output_type=TensorProto.FLOAT, metadata=about)
 
 
 def check_fusion(graph: IntegerGraph, found: Fusion) -> None:
@@ -77,7 +65,7 @@ class OnnxTarget:
     def export(self, artifact: Artifact, out: Path) -> ExportResult:
         """Write, check fusion, verify. Raises UnsupportedError or VerificationError naming the layer."""
         graph, samples = artifact.graph(), artifact.samples()
-        model = build_model(graph, _artifact_metadata(artifact))
+        model = build_model(graph, artifact_metadata(artifact))
         fuses = fusion(build_model(_probe())).in_float == ()
         found = fusion(model)
         if fuses:
@@ -85,16 +73,20 @@ class OnnxTarget:
         path = out / FILE
         out.mkdir(parents=True, exist_ok=True)
         atomic_write(path, model.SerializeToString())
-        n = _verify_samples(graph, OnnxRunner(path), samples)
+        n = verify_samples(graph, OnnxRunner(path), samples)
         summary = {
             "file": FILE, "file_bytes": path.stat().st_size, "opset": OPSET, "onnxruntime": onnxruntime.__version__,
             "operators": found.operators, "fused": fuses, "verified_images": n, "verified_tensors": len(graph.tensors),
         }  # fmt: skip
-        return ExportResult("onnx", out, summary, _lines(summary, path))
+        return ExportResult("onnx", out, graph, summary, _lines(summary, path))
 
     def load(self, out: Path, threads: int | None = None) -> OnnxRunner:
         """Open `<out>/model.onnx` on the CPU; `threads` None leaves the number to ONNX Runtime."""
         return OnnxRunner(out / FILE, threads)
+
+    def runtimes(self, out: Path) -> list[LayerRunner]:
+        """ONNX Runtime."""
+        return [self.load(out)]
 
 
 TARGET = OnnxTarget()
@@ -109,36 +101,6 @@ def _probe() -> IntegerGraph:
     conv = Conv("probe", "image", "weight", "bias", (7,), (1, 1), (0, 0, 0, 0), (1, 1), 1, relu=True)
     constants: dict[str, NDArray[Any]] = {"weight": np.ones((4, 4, 1, 1), np.int8), "bias": np.zeros(4, np.int32)}
     return IntegerGraph(tensors, (conv,), "image", constants=constants)
-
-
-def _graph_metadata(graph: IntegerGraph) -> dict[str, str]:
-    return {
-        "edgeft.graph_schema": str(SCHEMA),
-        "edgeft.profile": graph.profile,
-        "edgeft.rounding": graph.rounding,
-        "edgeft.residual": graph.residual,
-    }
-
-
-def _artifact_metadata(artifact: Artifact) -> dict[str, str]:
-    return {
-        "edgeft.artifact": artifact.digest,
-        "edgeft.preprocessing": json.dumps(artifact.manifest.preprocessing),
-        "edgeft.classes": json.dumps(list(artifact.manifest.classes)),
-    }
-
-
-def _verify_samples(graph: IntegerGraph, runner: OnnxRunner, samples: Mapping[str, NDArray[Any]]) -> int:
-    """Every layer against the interpreter, and against the codes that the training graph recorded in the artifact."""
-    images: Images = samples["images"]
-    n = verify(Interpreter(graph), runner, images)
-    recorded = {key.removeprefix("layer:"): codes for key, codes in samples.items() if key.startswith("layer:")}
-    for start in range(0, n, BATCH):
-        found = runner.layers(images[start : start + BATCH])
-        for layer, codes in recorded.items():
-            if not np.array_equal(found[layer], codes[start : start + BATCH]):
-                raise VerificationError(f"layer '{layer}': the exported model does not give the codes recorded in the artifact")
-    return n
 
 
 def _lines(summary: dict[str, Any], path: Path) -> tuple[str, ...]:

@@ -3,11 +3,10 @@
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
-from edgeft.export.ort_runner import INPUT, OUTPUT, StoredTensor
+from edgeft.export.onnx_nodes import INPUT, OUTPUT, Nodes, StoredTensor, step_of, window
 from edgeft.graph import (
     Add,
     Concat,
@@ -29,23 +28,21 @@ from edgeft.graph import (
 from edgeft.interpret import image_offset
 
 
-class Writer:
-    """Collects nodes and initializers, op by op. Tensor t becomes "t/codes" (bytes) and, where something reads it, "t/real"."""
+class Writer(Nodes):
+    """Nodes and initializers, op by op. Tensor t becomes "t/codes" (bytes) and, where something reads it, "t/real"."""
 
     def __init__(self, graph: IntegerGraph) -> None:
+        super().__init__()
         self.graph = graph
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: dict[str, onnx.TensorProto] = {}
         self._zero_points = zero_points(graph)
         self._real: dict[str, str] = {}
-        self._names: set[str] = set()
 
     def write(self, op: Op) -> None:
         """Append the nodes of one op."""
         match op:
             case Conv():
-                window = _window(self.graph.constants[op.weight].shape[2:], op.stride, op.padding, dilations=op.dilation)
-                self._compute("Conv", op, [self._read(op.input), *self._weights(op)], relu=op.relu, group=op.groups, **window)
+                shape = window(self.graph.constants[op.weight].shape[2:], op.stride, op.padding, dilations=op.dilation)
+                self._compute("Conv", op, [self._read(op.input), *self._weights(op)], relu=op.relu, group=op.groups, **shape)
             case Linear():
                 self._compute("Gemm", op, [self._read(op.input), *self._weights(op)], relu=op.relu, transB=1)
             case Add():
@@ -57,7 +54,7 @@ class Writer:
             case Lookup():
                 self._lookup(op)
             case MaxPool():
-                self._move("MaxPool", op, **_window(op.kernel, op.stride, op.padding))
+                self._move("MaxPool", op, **window(op.kernel, op.stride, op.padding))
             case Flatten():
                 self._move("Flatten", op, axis=1)
             case Concat():
@@ -67,19 +64,16 @@ class Writer:
             case Resize():
                 self._resize(op)
 
-    def finish(self) -> list[onnx.NodeProto]:
-        """All nodes, the last of which writes the logits."""
-        last = self._read(self.graph.output)
-        writer = next(node for node in self.nodes if last in node.output)
-        writer.output[0] = OUTPUT
-        return self.nodes
+    def finish(self) -> None:
+        """Write the logits."""
+        self.name_output(self._read(self.graph.output))
 
     def stored(self, tensor: Tensor) -> StoredTensor:
         """Where and how a tensor of the graph is found in the file."""
         if tensor.format.width > 8:
             onnx_name = OUTPUT if tensor.name == self.graph.output else f"{tensor.name}/real"
-            return StoredTensor(tensor.name, onnx_name, tensor.format, 0)
-        return StoredTensor(tensor.name, self._codes(tensor.name), tensor.format, self._zero_points[tensor.name])
+            return StoredTensor(tensor.name, onnx_name, tensor.format, 0, TensorProto.FLOAT)
+        return StoredTensor(tensor.name, self._codes(tensor.name), tensor.format, self._zero_points[tensor.name], TensorProto.UINT8)
 
     def _codes(self, name: str) -> str:
         return INPUT if name == self.graph.input else f"{name}/codes"
@@ -87,26 +81,26 @@ class Writer:
     def _read(self, name: str) -> str:
         """The real values of a tensor: one DequantizeLinear, shared by its readers."""
         if name not in self._real:
-            step, zero = self._step(name), self._constant(f"{name}/zero", np.uint8(self._zero_points[name]))
-            self._real[name] = self._node("DequantizeLinear", [self._codes(name), step, zero], f"{name}/real")
+            step, zero = self._step(name), self.constant(f"{name}/zero", np.uint8(self._zero_points[name]))
+            self._real[name] = self.node("DequantizeLinear", [self._codes(name), step, zero], f"{name}/real")
         return self._real[name]
 
     def _compute(self, operator: str, op: Op, inputs: list[str], *, relu: bool, **attributes: Any) -> None:
         """A float operator between Q and DQ; a 32-bit result stays float, its real values are the accumulators times their step."""
         fmt = self.graph.format(op.output)
         if fmt.width > 8:
-            self._real[op.output] = self._node(operator, inputs, f"{op.output}/real", **attributes)
+            self._real[op.output] = self.node(operator, inputs, f"{op.output}/real", **attributes)
             return
-        result = self._node(operator, inputs, f"{op.output}/result", **attributes)
+        result = self.node(operator, inputs, f"{op.output}/result", **attributes)
         zero_point = self._zero_points[op.output]
-        zero = self._constant(f"{op.output}/zero", np.uint8(zero_point))
+        zero = self.constant(f"{op.output}/zero", np.uint8(zero_point))
         lowest, highest = max(fmt.min_code, 0) if relu else fmt.min_code, fmt.max_code
         saturates = (lowest + zero_point, highest + zero_point) == (0, 255)
         bytes_name = self._codes(op.output) if saturates else f"{op.output}/bytes"
-        self._node("QuantizeLinear", [result, self._step(op.output), zero], bytes_name)
+        self.node("QuantizeLinear", [result, self._step(op.output), zero], bytes_name)
         if not saturates:  # an integer Clip keeps the operator fused, a float one would not
-            bounds = [self._constant(f"{op.output}/{n}", np.uint8(c + zero_point)) for n, c in (("low", lowest), ("high", highest))]
-            self._node("Clip", [bytes_name, *bounds], self._codes(op.output))
+            bounds = [self.constant(f"{op.output}/{n}", np.uint8(c + zero_point)) for n, c in (("low", lowest), ("high", highest))]
+            self.node("Clip", [bytes_name, *bounds], self._codes(op.output))
 
     def _global_pool(self, op: GlobalPool) -> None:
         """Eq. 10 as a depthwise convolution of ones over the whole map: the sum, times 2^-m."""
@@ -117,15 +111,15 @@ class Writer:
 
     def _lookup(self, op: Lookup) -> None:
         """Eq. 18 on bytes, as one flat list: of the exact forms in ONNX Runtime the fastest, several times faster than Gather."""
-        table, shape = self._constant(f"{op.output}/table", self._table(op)), self.graph.tensors[op.output].shape
+        table, shape = self.constant(f"{op.output}/table", self._table(op)), self.graph.tensors[op.output].shape
         is_map = len(shape) == 3
         source = self._pixels_first(op) if is_map else self._codes(op.input)
-        index = self._node("Cast", [self._reshape(source, (-1,), f"{op.output}/flat")], f"{op.output}/index", to=TensorProto.INT32)
-        found = self._node("GatherElements", [table, index], f"{op.output}/found", axis=0)
+        index = self.node("Cast", [self.reshape(source, (-1,), f"{op.output}/flat")], f"{op.output}/index", to=TensorProto.INT32)
+        found = self.node("GatherElements", [table, index], f"{op.output}/found", axis=0)
         if is_map:
-            self._channels_first(op, self._reshape(found, (-1, *shape[1:], shape[0]), f"{op.output}/whole"))
+            self._channels_first(op, self.reshape(found, (-1, *shape[1:], shape[0]), f"{op.output}/whole"))
         else:
-            self._reshape(found, (-1, *shape), self._codes(op.output))
+            self.reshape(found, (-1, *shape), self._codes(op.output))
 
     def _table(self, op: Lookup) -> NDArray[np.uint8]:
         """The table by input byte: entry i is for code min_code + i, whose byte is min_code + i + zero point."""
@@ -138,37 +132,34 @@ class Writer:
         first, last = op.index[0], op.index[-1]
         if op.index == tuple(range(first, last + 1)):
             bounds = (("start", first), ("end", last + 1), ("axis", 1))
-            self._move("Slice", op, [self._constant(f"{op.output}/{name}", np.array([value], np.int64)) for name, value in bounds])
+            self._move("Slice", op, [self.constant(f"{op.output}/{name}", np.array([value], np.int64)) for name, value in bounds])
         else:
-            self._move("Gather", op, [self._constant(f"{op.output}/channels", np.array(op.index, np.int64))], axis=1)
+            self._move("Gather", op, [self.constant(f"{op.output}/channels", np.array(op.index, np.int64))], axis=1)
 
     def _resize(self, op: Resize) -> None:
         """Every pixel, as an axis of length 1 on either side of it, is repeated: faster than the operator Resize, and no coordinates."""
         channels, rows, columns = self.graph.tensors[op.input].shape
         down, across = op.factor
-        pixels = self._reshape(self._pixels_first(op), (-1, rows, 1, columns, 1, channels), f"{op.output}/apart")
-        repeats = self._constant(f"{op.output}/repeats", np.array([1, 1, down, 1, across, 1], np.int64))
-        repeated = self._node("Tile", [pixels, repeats], f"{op.output}/repeated")
-        self._channels_first(op, self._reshape(repeated, (-1, rows * down, columns * across, channels), f"{op.output}/whole"))
+        pixels = self.reshape(self._pixels_first(op), (-1, rows, 1, columns, 1, channels), f"{op.output}/apart")
+        repeats = self.constant(f"{op.output}/repeats", np.array([1, 1, down, 1, across, 1], np.int64))
+        repeated = self.node("Tile", [pixels, repeats], f"{op.output}/repeated")
+        self._channels_first(op, self.reshape(repeated, (-1, rows * down, columns * across, channels), f"{op.output}/whole"))
 
     def _pixels_first(self, op: Lookup | Resize) -> str:
         """A map in the layout of the runtime's convolutions, which drops such transpositions together with its own."""
-        return self._node("Transpose", [self._codes(op.input)], f"{op.output}/pixels", perm=[0, 2, 3, 1])
+        return self.node("Transpose", [self._codes(op.input)], f"{op.output}/pixels", perm=[0, 2, 3, 1])
 
     def _channels_first(self, op: Lookup | Resize, pixels: str) -> None:
-        self._node("Transpose", [pixels], self._codes(op.output), perm=[0, 3, 1, 2])
-
-    def _reshape(self, source: str, shape: tuple[int, ...], output: str) -> str:
-        return self._node("Reshape", [source, self._constant(f"{output}/shape", np.array(shape, np.int64))], output)
+        self.node("Transpose", [pixels], self._codes(op.output), perm=[0, 3, 1, 2])
 
     def _move(self, operator: str, op: Move, more: list[str] | None = None, **attributes: Any) -> None:
         """An operator that only moves codes; padding of an integer MaxPool is the lowest value of the type and never wins."""
         if self.graph.format(op.output).width > 8:
             sources = [self._real[name] for name in op_inputs(op)]
-            self._real[op.output] = self._node(operator, [*sources, *(more or [])], f"{op.output}/real", **attributes)
+            self._real[op.output] = self.node(operator, [*sources, *(more or [])], f"{op.output}/real", **attributes)
         else:
             sources = [self._codes(name) for name in op_inputs(op)]
-            self._node(operator, [*sources, *(more or [])], self._codes(op.output), **attributes)
+            self.node(operator, [*sources, *(more or [])], self._codes(op.output), **attributes)
 
     def _weights(self, op: Conv | Linear) -> list[str]:
         """Weight and bias as integers with their exact steps: a float bias would be quantized again by the runtime."""
@@ -178,29 +169,14 @@ class Writer:
 
     def _dequantized(self, name: str, codes: NDArray[Any], frac: tuple[int, ...]) -> str:
         """An integer constant and its DequantizeLinear, per tensor or along axis 0."""
-        steps = np.ldexp(np.float32(1), -np.asarray(frac if len(frac) > 1 else frac[0]))
-        inputs = [self._constant(f"{name}/codes", codes), self._constant(f"{name}/step", steps.astype(np.float32))]
+        steps = step_of(frac if len(frac) > 1 else frac[0])
+        inputs = [self.constant(f"{name}/codes", codes), self.constant(f"{name}/step", steps)]
         if codes.dtype == np.int8:  # the operator has no zero point for int32
-            inputs.append(self._constant(f"{name}/zero", np.zeros(steps.shape, np.int8)))
-        return self._node("DequantizeLinear", inputs, f"{name}/real", **({"axis": 0} if len(frac) > 1 else {}))
+            inputs.append(self.constant(f"{name}/zero", np.zeros(steps.shape, np.int8)))
+        return self.node("DequantizeLinear", inputs, f"{name}/real", **({"axis": 0} if len(frac) > 1 else {}))
 
     def _step(self, name: str) -> str:
-        return self._constant(f"{name}/step", np.float32(self.graph.format(name).step))
-
-    def _constant(self, name: str, value: NDArray[Any] | np.generic) -> str:
-        self.constants.setdefault(name, numpy_helper.from_array(np.asarray(value), name))
-        return name
-
-    def _node(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        name = f"{output.rpartition('/')[0]}/{operator}"
-        name += "" if name not in self._names else f"/{output.rpartition('/')[2]}"
-        self._names.add(name)
-        self.nodes.append(helper.make_node(operator, inputs, [output], name=name, **attributes))
-        return output
-
-
-def _window(kernel: tuple[int, ...], stride: tuple[int, int], padding: tuple[int, int, int, int], **more: Any) -> dict[str, Any]:
-    return {"kernel_shape": list(kernel), "strides": list(stride), "pads": list(padding), **more}
+        return self.constant(f"{name}/step", np.float32(self.graph.format(name).step))
 
 
 def zero_points(graph: IntegerGraph) -> dict[str, int]:

@@ -7,57 +7,22 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edgeft.errors import ArtifactError, VerificationError
-from edgeft.fixedpoint import FixedPointFormat
+from edgeft.errors import ArtifactError
+from edgeft.export.onnx_nodes import AVX2_PRECISION_KEY, INPUT, OUTPUT, TENSORS_KEY, StoredTensor
+from edgeft.fixedpoint import dequantize
 from edgeft.runner import Images, Logits
 
-INPUT, OUTPUT = "images", "logits"
-TENSORS_KEY = "edgeft.tensors"
-"""Metadata key: JSON list, in execution order, of what StoredTensor holds."""
-AVX2_PRECISION_KEY = "session.x64quantprecision"
-"""Session entry: on x86 without VNNI, unsigned * signed products are summed in pairs in 16 bits, which saturate; "1" avoids it."""
 _FLOAT_OPERATORS = frozenset(
     {"Add", "Conv", "DequantizeLinear", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "Mul", "QuantizeLinear"}
 )
+CPU = "CPUExecutionProvider"
 _VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni"})
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """How the file stores one tensor of the IntegerGraph: ONNX name, format, and what was added to a code to get the byte.
-
-    A 32-bit format is stored as float32 real values.
-    """
-
-    name: str
-    onnx: str
-    format: FixedPointFormat
-    zero_point: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {"name": self.name, "onnx": self.onnx, "format": str(self.format), "zero_point": self.zero_point}
-
-    @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> "StoredTensor":
-        """Inverse of to_json."""
-        return cls(tree["name"], tree["onnx"], FixedPointFormat.parse(tree["format"]), tree["zero_point"])
-
-    def codes(self, stored: NDArray[Any]) -> NDArray[np.int64]:
-        """Codes of stored values. Raises VerificationError when a real value is not a whole number of steps."""
-        if self.format.width <= 8:
-            return stored.astype(np.int64) - self.zero_point
-        codes = np.ldexp(stored.astype(np.float64), self.format.frac)
-        if not np.array_equal(codes, np.rint(codes)):
-            raise VerificationError(f"layer '{self.name}': ONNX Runtime gives values that are not multiples of 2^{-self.format.frac}")
-        return codes.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -71,27 +36,29 @@ class Fusion:
 class OnnxRunner:
     """An exported model in ONNX Runtime.
 
-    `logits` runs the file as it is. `layers` runs a second session in which the bytes of every tensor are graph outputs too;
+    `logits` runs the file as it is. `layers` runs a second session in which every stored tensor is a graph output too;
     fusion is the same in both, because only what the fused operators write anyway is shown.
-    `optimise=False` runs the Q/DQ graph node by node, in float arithmetic.
+    `optimise=False` runs the file node by node: Q/DQ graphs in float arithmetic. `name` is how reports call it.
     """
 
-    name = "onnx"
-
-    def __init__(self, path: Path, threads: int | None = None, *, optimise: bool = True) -> None:
+    def __init__(self, path: Path, threads: int | None = None, *, optimise: bool = True, name: str = "onnx", provider: str = CPU) -> None:
         """Open a file. Raises ArtifactError when it is missing or was not written by edgeft."""
         if not path.is_file():
             raise ArtifactError(f"'{path}' does not exist", "edgeft export RUN --target onnx")
+        self.name = name
         self._path = path
-        self._threads = threads
-        self._optimise = optimise
-        self._session = ort.InferenceSession(path, session_options(threads, optimise=optimise), providers=["CPUExecutionProvider"])
+        self._options = session_options(threads, optimise=optimise)
+        self._providers = list(dict.fromkeys((provider, CPU)))
+        self._session = ort.InferenceSession(path, self._options, providers=self._providers)
         self._tensors = _stored_tensors(self._session, path)
 
     def logits(self, images: Images) -> Logits:
-        """Scores [n, classes]."""
-        scores: Logits = self._session.run([OUTPUT], {INPUT: images})[0]
-        return scores
+        """Scores [n, classes]; of integer logits their real values."""
+        scores = self._session.run([OUTPUT], {INPUT: images})[0]
+        if np.issubdtype(scores.dtype, np.integer):
+            scores = dequantize(scores, self._tensors[-1].format)
+        real: Logits = scores.astype(np.float32)
+        return real
 
     def layers(self, images: Images) -> dict[str, NDArray[np.int64]]:
         """Codes of every tensor. Raises VerificationError when a 32-bit tensor does not hold whole accumulators."""
@@ -102,8 +69,7 @@ class OnnxRunner:
     @cached_property
     def _layer_session(self) -> ort.InferenceSession:
         model = with_layer_outputs(onnx.load(self._path), self._tensors)
-        options = session_options(self._threads, optimise=self._optimise)
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model.SerializeToString(), self._options, providers=self._providers)
 
 
 def with_layer_outputs(model: onnx.ModelProto, tensors: list[StoredTensor]) -> onnx.ModelProto:
@@ -111,8 +77,7 @@ def with_layer_outputs(model: onnx.ModelProto, tensors: list[StoredTensor]) -> o
     outputs = {value.name for value in model.graph.output}
     for tensor in tensors:
         if tensor.onnx not in outputs | {INPUT}:
-            kind = onnx.TensorProto.UINT8 if tensor.format.width <= 8 else onnx.TensorProto.FLOAT
-            model.graph.output.append(onnx.helper.make_tensor_value_info(tensor.onnx, kind, None))
+            model.graph.output.append(onnx.helper.make_tensor_value_info(tensor.onnx, tensor.type, None))
     return model
 
 
@@ -121,7 +86,7 @@ def fusion(model: onnx.ModelProto) -> Fusion:
     with tempfile.TemporaryDirectory() as directory:
         options = session_options(None, optimise=True)
         options.optimized_model_filepath = str(Path(directory) / "optimized.onnx")
-        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        ort.InferenceSession(model.SerializeToString(), options, providers=[CPU])
         optimized = onnx.load(options.optimized_model_filepath)
     nodes = optimized.graph.node
     # Logits stored in 8 bits are read by a last DequantizeLinear, which is the output format and not a float layer.

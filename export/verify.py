@@ -1,11 +1,15 @@
 """Compare a Runner with the interpreter, layer by layer; zero differing codes or an error that names the layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeft.errors import VerificationError
+from edgeft.graph import IntegerGraph
+from edgeft.interpret import Interpreter
 from edgeft.runner import Images, LayerRunner
 
 BATCH = 16
@@ -54,6 +58,29 @@ def verify(reference: LayerRunner, candidate: LayerRunner, images: Images, batch
         if not np.array_equal(reference.logits(part), candidate.logits(part)):
             raise VerificationError(f"logits of {candidate.name} differ from {reference.name} although every layer is equal")
     return len(images)
+
+
+def golden(graph: IntegerGraph, images: Images) -> dict[str, NDArray[Any]]:
+    """What an artifact keeps to be verified without the run: images, and the logits' codes that they must give."""
+    reference = Interpreter(graph)
+    codes = np.concatenate([reference.layers(part)[graph.output] for part in _batches(images, BATCH)])
+    return {"images": images, f"layer:{graph.output}": codes}
+
+
+def verify_samples(graph: IntegerGraph, runner: LayerRunner, samples: Mapping[str, NDArray[Any]]) -> int:
+    """Every layer against the interpreter, and against the codes recorded with the golden images; the number of images.
+
+    Raises VerificationError naming the layer.
+    """
+    images: Images = samples["images"]
+    n = verify(Interpreter(graph), runner, images)
+    recorded = {key.removeprefix("layer:"): codes for key, codes in samples.items() if key.startswith("layer:")}
+    for start in range(0, n, BATCH):
+        found = runner.layers(images[start : start + BATCH])
+        for layer, codes in recorded.items():
+            if not np.array_equal(found[layer], codes[start : start + BATCH]):
+                raise VerificationError(f"layer '{layer}': the exported model does not give the codes recorded in the artifact")
+    return n
 
 
 def _batches(images: Images, batch: int) -> Iterator[Images]:

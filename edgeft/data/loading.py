@@ -169,14 +169,17 @@ def subset(splits: Sequence[Split], p: Preprocessing, n: int, seed: int) -> NDAr
 
     A split with fewer images than its share gives all, and the others give more; n' is the smaller of `n` and the total.
     """
+    images = [_made(split.images, index, p, "prepared") for split, index in drawn(splits, n, seed)]
+    return np.stack(images) if images else np.zeros((0, 3, p.size, p.size), dtype=np.uint8)
+
+
+def drawn(splits: Sequence[Split], n: int, seed: int) -> list[tuple[Split, int]]:
+    """The images of `subset`: their splits and their numbers there."""
     rng = np.random.default_rng(seed)
     shares = _shares([len(split) for split in splits], n)
-    images = [
-        _made(split.images, int(index), p, "prepared")
-        for split, share in zip(splits, shares, strict=True)
-        for index in np.sort(rng.permutation(len(split))[:share])
+    return [
+        (split, int(index)) for split, share in zip(splits, shares, strict=True) for index in np.sort(rng.permutation(len(split))[:share])
     ]
-    return np.stack(images) if images else np.zeros((0, 3, p.size, p.size), dtype=np.uint8)
 
 
 def _shares(available: Sequence[int], n: int) -> list[int]:

@@ -19,6 +19,7 @@ from edgeft.config import Config, build_config
 from edgeft.errors import UnsupportedError, VerificationError
 from edgeft.export import ExportResult
 from edgeft.report import EvalReport, ModelResult, SplitResult
+from tests.graphs import residual_net
 
 REPORT = EvalReport((ModelResult("float", (SplitResult("id", "id", 10, 9), SplitResult("sketch", "ood", 10, 5))),))
 
@@ -55,14 +56,17 @@ class FakePipeline(ModuleType):
 
     def export(self, run: Path, targets: list[str], out: Path | None, *, evaluate: bool, progress: Any) -> list[ExportResult]:
         self._called(run=run, targets=targets, out=out, evaluate=evaluate)
-        return [ExportResult(name, run / "export" / name, {"images": 64}, (f"{name}  exact on 64/64",)) for name in targets]
+        return [
+            ExportResult(name, run / "export" / name, residual_net(0), {"images": 64}, (f"{name}  exact on 64/64",)) for name in targets
+        ]
 
 
 @pytest.fixture
 def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
     fake = FakePipeline(tmp_path)
-    monkeypatch.setitem(sys.modules, "edgeft.pipeline", fake)
-    monkeypatch.setattr(edgeft, "pipeline", fake, raising=False)
+    for name in ("pipeline", "exporting"):
+        monkeypatch.setitem(sys.modules, f"edgeft.{name}", fake)
+        monkeypatch.setattr(edgeft, name, fake, raising=False)
     monkeypatch.chdir(tmp_path)
     return fake
 

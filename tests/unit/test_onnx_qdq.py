@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from edgeft.artifact import Artifact, write_artifact
 from edgeft.errors import ArtifactError, UnsupportedError, VerificationError
 from edgeft.export import TARGETS, onnx_qdq, ort_runner
+from edgeft.export.onnx_nodes import AVX2_PRECISION_KEY, TENSORS_KEY, StoredTensor
 from edgeft.export.onnx_qdq import OPSET, TARGET, build_model, check_fusion
-from edgeft.export.ort_runner import TENSORS_KEY, Fusion, OnnxRunner, StoredTensor, fusion, lacks_vnni, with_layer_outputs
+from edgeft.export.ort_runner import Fusion, OnnxRunner, fusion, lacks_vnni, with_layer_outputs
 from edgeft.export.verify import verify
 from edgeft.graph import IntegerGraph, Profile
 from edgeft.interpret import Interpreter
@@ -200,10 +201,10 @@ def test_the_exact_kernels_are_chosen_where_pair_sums_saturate(monkeypatch: pyte
         monkeypatch.setattr(ort_runner, "lacks_vnni", lambda *_, lacking=lacking: lacking)
         options = ort_runner.session_options(1, optimise=True)
         if lacking:
-            assert options.get_session_config_entry(ort_runner.AVX2_PRECISION_KEY) == "1"
+            assert options.get_session_config_entry(AVX2_PRECISION_KEY) == "1"
         else:
             with pytest.raises(RuntimeError):
-                options.get_session_config_entry(ort_runner.AVX2_PRECISION_KEY)
+                options.get_session_config_entry(AVX2_PRECISION_KEY)
 
 
 @pytest.mark.parametrize(
