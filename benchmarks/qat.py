@@ -154,7 +154,7 @@ def _edgeft(job: Job) -> tuple[Runner, dict[str, Any]]:
 def _brevitas(job: Job) -> tuple[Runner, dict[str, Any]]:
     """The same equalised plan, calibration images, objective and stage."""
     config, context = job.config, job.context
-    plan = plan_of(job.classifier.cpu(), config.quant.profile)
+    plan = plan_of(job.classifier.cpu(), config.quant.profile, config.quant.residual)
     images = torch.from_numpy(subset([job.dataset.train], context.preprocessing, config.quant.calibration_images, config.seed))
     nearest = config.quant.model_copy(update={"rounding": "nearest", "granularity": "tensor"})
     with context.task("calibrate", len(plan.steps)) as advance:

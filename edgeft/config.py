@@ -96,7 +96,9 @@ class QuantConfig(Section):
         "l4", description="rule that chooses fractional lengths; default: l4, for recipe f8net-conventional std"
     )
     granularity: Literal["tensor", "channel"] = Field("tensor", description="weight formats per layer or per output channel")
-    residual: Literal["branch"] = Field("branch", description="residual addition: both operands 8-bit, one rounding")
+    residual: Literal["branch", "wide"] = Field(
+        "branch", description="residual addition: of two 8-bit tensors, or (for TensorRT) wide: of a convolution's accumulators and one"
+    )
     calibration_images: int = Field(128, ge=1, description="training images (labels unused) that calibration sees")
     equalize: bool = Field(True, description="power-of-two cross-layer equalisation around depthwise layers")
     fit_ranges: bool = Field(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeft.bounds import INT32_LIMIT, Bounds, accumulator_bounds, largest_code, shifted
 from edgeft.errors import ArtifactError, ConfigError, UnsupportedError
 from edgeft.fixedpoint import FixedPointFormat
 from edgeft.opcheck import check_op
@@ -34,18 +35,16 @@ from edgeft.ops import (
 )
 
 __all__ = [
-    "FLOAT32_EXACT", "INT32_LIMIT", "SCHEMA", "Add", "Concat", "Conv", "Flatten", "GlobalPool", "IntegerGraph", "Linear", "Lookup",
-    "MaxPool", "Move", "Mul", "Op", "Profile", "Residual", "Resize", "Rounding", "Select", "Tensor", "accumulator_bound", "op_inputs",
+    "SCHEMA", "Add", "Concat", "Conv", "Flatten", "GlobalPool", "IntegerGraph", "Linear", "Lookup",
+    "MaxPool", "Move", "Mul", "Op", "Profile", "Residual", "Resize", "Rounding", "Select", "Tensor", "op_inputs",
 ]  # fmt: skip
 
 SCHEMA = 1
 """Version of graph.json. An operation that a reader does not know is refused by name, so new kinds of operation keep the number."""
-INT32_LIMIT = 2**31
-FLOAT32_EXACT = 2**24
 
 Rounding = Literal["half_even"]
 Profile = Literal["u8", "s8"]
-Residual = Literal["branch"]
+Residual = Literal["branch", "wide"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class IntegerGraph:
                 raise ArtifactError(f"graph: tensor '{op.output}' is written twice or has no format")
             known.add(op.output)
             check_op(op, self.tensors, self.constants)
-            if isinstance(op, Conv | Linear) and self.accumulator_bound(op) >= INT32_LIMIT:
+            if isinstance(op, Conv | Linear | Add) and int(self.bounds(op).max()) >= INT32_LIMIT:
                 raise UnsupportedError(f"layer '{op.output}': its accumulator may overflow 32 bits")
 
     @property
@@ -89,7 +88,27 @@ class IntegerGraph:
 
     def accumulator_bound(self, op: Conv | Linear) -> int:
         """Largest |accumulator| that any input can produce, at any point of the summation. Exact, from the integer weights."""
-        return accumulator_bound(self.constants[op.weight], self.constants[op.bias], self.format(op.input))
+        return int(self.bounds(op).max())
+
+    def bounds(self, op: Conv | Linear | Add) -> Bounds:
+        """Largest |accumulator| of each output channel, in the accumulator's own steps: of a layer [out], of an addition [out] or [1]."""
+        if isinstance(op, Conv | Linear):
+            return accumulator_bounds(self.constants[op.weight], self.constants[op.bias], self.format(op.input))
+        return self.operand_bounds(op, op.left) + self.operand_bounds(op, op.right)
+
+    def operand_bounds(self, add: Add, name: str) -> Bounds:
+        """Largest |operand| of an addition for each output channel, [out] or [1], in steps of the finer operand (eq. 8)."""
+        finest = max(self.format(add.left).frac, self.format(add.right).frac)
+        wide = self.wide_operand(add)
+        codes = np.asarray([largest_code(self.format(name))], np.int64)
+        if wide is not None and wide.output == name:
+            codes = shifted(self.bounds(wide), -self.shift(wide))
+        return shifted(codes, finest - self.format(name).frac)
+
+    def wide_operand(self, add: Add) -> Conv | None:
+        """The convolution whose accumulators an addition takes, in residual mode `wide`; None in mode `branch`."""
+        wide = [op for op in self.ops if isinstance(op, Conv) and op.output in op_inputs(add) and self.format(op.output).width > 8]
+        return wide[0] if wide else None
 
     def shift(self, op: Op) -> NDArray[np.int64]:
         """Right shift from accumulator to output codes, one entry or one per output channel (eq. 3); negative shifts left."""
@@ -143,15 +162,3 @@ class IntegerGraph:
             raise ArtifactError(f"graph.json: {error.message}", error.hint) from error
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"graph.json is not complete: {error}") from error
-
-
-def accumulator_bound(weight: NDArray[np.int8], bias: NDArray[np.int32], fmt: FixedPointFormat) -> int:
-    """Largest |partial sum| of bias + sum w * x over any order of summation and any codes x of `fmt`.
-
-    weight [out, ...], bias [out]. The positive and the negative products are bounded apart, so an unsigned input counts half.
-    """
-    w = weight.astype(np.int64).reshape(len(weight), -1)
-    products = np.stack((w * fmt.min_code, w * fmt.max_code))
-    high = products.max(0).clip(min=0).sum(1) + np.maximum(bias.astype(np.int64), 0)
-    low = products.min(0).clip(max=0).sum(1) + np.minimum(bias.astype(np.int64), 0)
-    return int(np.maximum(high, -low).max())

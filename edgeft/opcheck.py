@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeft.errors import ArtifactError
-from edgeft.ops import Concat, Conv, Linear, Lookup, Move, Mul, Op, Resize, Select, Tensor, op_inputs
+from edgeft.ops import Add, Concat, Conv, Linear, Lookup, Move, Mul, Op, Resize, Select, Tensor, op_inputs
 
 TABLE_ENTRIES = 256
 """Length of every look-up table: one entry for each code of an 8-bit input."""
@@ -23,6 +23,8 @@ def check_op(op: Op, tensors: Tensors, constants: Constants) -> None:
     match op:
         case Conv() | Linear():
             _check_weights(op, constants)
+        case Add():
+            _check_add(op, tensors)
         case Mul():
             _check_mul(op, tensors)
         case Lookup():
@@ -57,6 +59,16 @@ def _check_weights(op: Conv | Linear, constants: Constants) -> None:
         raise ArtifactError(f"graph: constants of '{op.output}' must be int8 in -127 ... 127 and int32")
     if len(op.weight_frac) not in (1, weight.shape[0]):
         raise ArtifactError(f"graph: '{op.output}' needs 1 or {weight.shape[0]} weight fractions")
+
+
+def _check_add(op: Add, tensors: Tensors) -> None:
+    left, right, out = tensors[op.left], tensors[op.right], tensors[op.output]
+    if not left.shape == right.shape == out.shape:
+        raise _wrong(op, f"adds {left.shape} and {right.shape} to {out.shape}; it needs one shape")
+    widths = sorted(tensor.format.width for tensor in (left, right))
+    if widths not in ([8, 8], [8, 32]) or out.format.width != 8:
+        formats = " and ".join(f"'{tensor.format}'" for tensor in (left, right))
+        raise _wrong(op, f"adds {formats} to '{out.format}'; at most one operand may be an accumulator, and the sum is 8-bit")
 
 
 def _check_mul(op: Mul, tensors: Tensors) -> None:

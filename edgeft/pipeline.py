@@ -46,7 +46,7 @@ def plan(config: Config) -> list[str]:
     """What train_quantize would do, after checking data, backbone and every layer; writes nothing."""
     dataset = load_dataset(config, Progress(False))
     classifier, stages = _prepare(config, dataset)
-    steps = plan_of(classifier, config.quant.profile)
+    steps = plan_of(classifier, config.quant.profile, config.quant.residual)
     counts = ", ".join(f"{split.name} {len(split)}" for split in (dataset.train, dataset.val, *dataset.tests))
     p = classifier.preprocessing
     lines = [
@@ -80,7 +80,7 @@ def train_quantize(config: Config, *, resume: bool = False, progress: Progress |
     accelerator = make_accelerator(config)
     dataset = load_dataset(config, progress if accelerator.is_main_process else Progress(False))
     classifier, stages = _prepare(config, dataset)
-    n_layers = len(plan_of(classifier, config.quant.profile).weighted())
+    n_layers = len(plan_of(classifier, config.quant.profile, config.quant.residual).weighted())
     if accelerator.is_main_process:
         claim_run(config.run_dir, config.model_dump(mode="json"), resume=resume)
     accelerator.wait_for_everyone()

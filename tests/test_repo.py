@@ -20,12 +20,12 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 LEVELS = {
     "edgeft": 0, "edgeft.errors": 0, "edgeft.registry": 0, "edgeft.fixedpoint": 0, "edgeft.report": 0, "edgeft.progress": 0,
-    "edgeft.ops": 0, "edgeft.opcheck": 0,
+    "edgeft.ops": 0, "edgeft.bounds": 0, "edgeft.opcheck": 0,
     "edgeft.graph": 1, "edgeft.quant.formats": 1, "edgeft.artifact": 1, "edgeft.config": 1, "edgeft.runner": 1, "edgeft.data": 1,
     "edgeft.methods": 1, "edgeft.quant": 1, "edgeft.quant.calibration": 1, "edgeft.quant.tracing": 1, "edgeft.quant.backbones": 1,
     "edgeft.quant.recipes": 1, "edgeft.show": 1, "edgeft.show_formats": 1, "edgeft.show_saturation": 1,
     "edgeft.interpret": 2, "edgeft.kernels": 2, "edgeft.doctor": 2,
-    "edgeft.exporting": 4, "edgeft.pipeline": 4,
+    "edgeft.exporting": 4, "edgeft.pipeline": 4, "edgeft.predicting": 4,
     "edgeft.cli": 5, "edgeft.__main__": 5,
 }  # fmt: skip
 OTHERS = 3

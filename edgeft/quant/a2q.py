@@ -1,7 +1,7 @@
 """Narrow accumulators: weights held so small that no partial sum can leave `bits` signed bits, whatever the input.
 
 After A2Q (Colbert et al., ICCV 2023, arXiv:2308.13504), which bounds the L1 norm of each output channel's integer weights. Here the
-bound is `edgeft.graph.accumulator_bound`: with an unsigned input, positive and negative weights each have the whole budget (as in
+bound is `edgeft.bounds.accumulator_bound`: with an unsigned input, positive and negative weights each have the whole budget (as in
 A2Q+, ICML 2024, arXiv:2401.10432), and the bias counts. Instead of learning norms, training is projected gradient descent: weights
 go to the nearest ones whose *rounded* codes fit, so that rounding to nearest is part of the guarantee.
 """
@@ -10,17 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from edgeft.bounds import accumulator_bound, accumulator_bounds, largest_code, shifted
 from edgeft.errors import UnsupportedError
 from edgeft.fixedpoint import FixedPointFormat
-from edgeft.graph import accumulator_bound
 from edgeft.quant.calibration.compensate import channel_means
 from edgeft.quant.fakequant import power_of_two
 from edgeft.quant.lower import integers
 from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import IMAGE, AddStep, ConvStep, GlobalPoolStep, MulStep, Step, Weighted, rectify, run_step
+from edgeft.quant.points import is_wide
 
 UNLIMITED = 32
 """Bits at which nothing is projected: lowering keeps every accumulator below 2^31 anyway."""
@@ -251,7 +253,7 @@ def _check_step(net: FixedPointNet, step: Step, bits: int) -> None:
 def _bound(net: FixedPointNet, step: Step) -> int:
     """Largest magnitude of any partial sum of a step; 0 for steps that sum nothing."""
     formats = [net.format(name) for name in step.inputs]
-    largest_codes = [max(fmt.max_code, -fmt.min_code) for fmt in formats]
+    largest_codes = [_largest(net, name) for name in step.inputs]
     if isinstance(step, Weighted):
         return accumulator_bound(*integers(net, step), formats[0])
     if isinstance(step, AddStep):
@@ -264,3 +266,13 @@ def _bound(net: FixedPointNet, step: Step) -> int:
         shape = source.shape if source is not None else net.plan.image_shape
         return largest_codes[0] * shape[1] * shape[2]
     return 0
+
+
+def _largest(net: FixedPointNet, name: str) -> int:
+    """Largest |code| of a tensor; of accumulators that an addition reads, in their common step."""
+    step = net.plan.producer(name)
+    if not isinstance(step, ConvStep) or not is_wide(step):
+        return largest_code(net.format(name))
+    fracs = np.array(net.weight_fracs(name), np.int64)
+    bounds = accumulator_bounds(*integers(net, step), net.format(step.inputs[0]))
+    return int(shifted(bounds, fracs.max() - fracs).max())

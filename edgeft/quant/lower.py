@@ -6,11 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgeft.bounds import FLOAT32_EXACT, INT32_LIMIT, accumulator_bounds, exact_in_float32, largest_code, shifted
 from edgeft.errors import UnsupportedError
 from edgeft.fixedpoint import FixedPointFormat, quantize
 from edgeft.graph import (
-    FLOAT32_EXACT,
-    INT32_LIMIT,
     Add,
     Concat,
     Conv,
@@ -22,12 +21,12 @@ from edgeft.graph import (
     MaxPool,
     Mul,
     Op,
+    Residual,
     Resize,
     Select,
     Tensor,
-    accumulator_bound,
 )
-from edgeft.quant.formats import MAX_SHIFT, FormatTable, LayerFormats, weight_format
+from edgeft.quant.formats import FormatTable, LayerFormats, weight_format
 from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import (
     IMAGE,
@@ -45,6 +44,7 @@ from edgeft.quant.plan import (
     TableStep,
     Weighted,
 )
+from edgeft.quant.points import is_wide
 from edgeft.quant.rescale import image_format
 
 MAX_NARROWING = 8
@@ -74,8 +74,8 @@ def _codes(net: FixedPointNet, step: Weighted) -> tuple[torch.Tensor, torch.Tens
 def enforce_bounds(net: FixedPointNet) -> list[str]:
     """Coarsen weight formats until float32 runtimes and 32-bit accumulators are exact; returns the layers that were narrowed.
 
-    A float32 accumulator is exact up to 2^24. Beyond that a hidden layer is safe only if its output saturates anyway (shift at
-    most 16, 17 for signed outputs); logits are not saturated, so theirs must stay within. Raises UnsupportedError.
+    A float32 accumulator is exact up to 2^24. Beyond that a hidden layer is safe only if its output saturates anyway (eq. 14, eq. 22);
+    logits are not saturated, so theirs must stay within. Raises UnsupportedError.
     """
     narrowed = []
     for step in net.plan.weighted():
@@ -95,11 +95,19 @@ def enforce_bounds(net: FixedPointNet) -> list[str]:
 def _exact(net: FixedPointNet, step: Weighted) -> bool:
     if float(_codes(net, step)[1].abs().max()) >= INT32_LIMIT:
         return False
-    bound = accumulator_bound(*integers(net, step), net.format(step.inputs[0]))
-    if step.name == net.plan.output or bound <= FLOAT32_EXACT:
-        return bound <= FLOAT32_EXACT
-    shift = net.frac(step.inputs[0]) + max(net.weight_fracs(step.name)) - net.frac(step.name)
-    return bound < INT32_LIMIT and shift <= MAX_SHIFT[net.format(step.name).signed]
+    bounds = accumulator_bounds(*integers(net, step), net.format(step.inputs[0]))
+    if step.name == net.plan.output or int(bounds.max()) >= INT32_LIMIT:
+        return int(bounds.max()) <= FLOAT32_EXACT
+    fracs = net.frac(step.inputs[0]) + np.array(net.weight_fracs(step.name), np.int64)
+    add = net.plan.rounded_in(step.name)
+    if add == step.name:
+        return exact_in_float32(bounds, 0, fracs - net.frac(step.name), net.format(step.name))
+    skip = next(name for name in net.plan[add].inputs if name != step.name)
+    finer = np.maximum(fracs, net.frac(skip))
+    others = shifted(largest_code(net.format(skip)), finer - net.frac(skip))
+    sums = shifted(bounds, finer - fracs) + others
+    fits = int(shifted(sums, finer.max() - finer).max()) < INT32_LIMIT
+    return fits and exact_in_float32(sums, others, finer - net.frac(add), net.format(add))
 
 
 def lower(net: FixedPointNet) -> IntegerGraph:
@@ -111,7 +119,8 @@ def lower(net: FixedPointNet) -> IntegerGraph:
         op = _lower_step(net, step, constants)
         tensors[step.name] = Tensor(step.name, step.shape, _output_format(net, step))
         ops.append(op)
-    return IntegerGraph(tensors, tuple(ops), IMAGE, net.profile, constants=constants)  # type: ignore[arg-type]
+    residual: Residual = "wide" if any(is_wide(step) for step in net.plan.steps) else "branch"
+    return IntegerGraph(tensors, tuple(ops), IMAGE, net.profile, residual, constants=constants)  # type: ignore[arg-type]
 
 
 def _output_format(net: FixedPointNet, step: Step) -> FixedPointFormat:

@@ -11,7 +11,7 @@ from edgeft.quant.brevitas_bridge import ActivationQuant, FixedPointConv2d, Fixe
 from edgeft.quant.formats import MAX_SHIFT, activation_format, resolve
 from edgeft.quant.lookup import Table
 from edgeft.quant.plan import IMAGE, ConvStep, LinearStep, Plan, Step, TableStep, run_step
-from edgeft.quant.points import Storage, find_points, has_quantizer
+from edgeft.quant.points import Storage, find_points, has_quantizer, is_wide
 from edgeft.quant.rescale import image_format
 
 Layer = FixedPointConv2d | FixedPointLinear
@@ -75,13 +75,21 @@ class FixedPointNet(nn.Module):
     def frac(self, name: str) -> int:
         """Current fraction of an activation (any tensor but the logits)."""
         name = self.storage.sources(name)[0]
-        return image_format(self.plan).frac if name == IMAGE else int(self.quantizer(name).body.frac.item())
+        step = self.plan.producer(name)
+        if step is None:
+            return image_format(self.plan).frac
+        if is_wide(step):  # the finest of its accumulators' fractions, in which all of them are whole numbers
+            return self.frac(step.inputs[0]) + max(self.weight_fracs(name))
+        return int(self.quantizer(name).body.frac.item())
 
     def format(self, name: str) -> FixedPointFormat:
         """Current format of an activation (any tensor but the logits)."""
         name = self.storage.sources(name)[0]
-        if name == IMAGE:
+        step = self.plan.producer(name)
+        if step is None:
             return image_format(self.plan)
+        if is_wide(step):
+            return FixedPointFormat(32, self.frac(name), signed=True)
         return activation_format(self.profile, relu=self.storage.unsigned(name), frac=self.frac(name))
 
     def weight_fracs(self, name: str) -> tuple[int, ...]:
@@ -109,7 +117,9 @@ class FixedPointNet(nn.Module):
             self.layer(name).body.frac.fill_(step.fixed_frac)
             self._place_bias(step)
             return
-        limit = 30 if name == self.plan.output else self.frac(name) + MAX_SHIFT[self.format(name).signed]
+        rounded = self.plan.rounded_in(name)
+        room = MAX_SHIFT[self.format(rounded).signed] - int(rounded != name) if name != self.plan.output else 0
+        limit = 30 if name == self.plan.output else self.frac(rounded) + room
         body = self.layer(name).body
         values = torch.tensor([min(f, limit - self.frac(step.inputs[0])) for f in fracs], dtype=body.frac.dtype, device=body.frac.device)
         body.frac.copy_(values.view(body.frac.shape) if body.frac.ndim else values[0])

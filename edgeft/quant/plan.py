@@ -40,6 +40,7 @@ class ConvStep(Step):
     With `fixed_frac` the weights are constants of the network's structure (an averaging window, a change of format): multiples of
     2^-fixed_frac that no rule chooses, no step trains and no compensation touches. `norm` [2, out] holds the mean and the deviation
     that the folded batch norm gave each output channel, in the units of the (possibly rescaled) output; None where there was none.
+    A `wide` convolution hands its accumulators to the addition that alone reads it, which rounds the sum once (eq. 21).
     """
 
     weight: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -50,6 +51,7 @@ class ConvStep(Step):
     groups: int = 1
     fixed_frac: int | None = None
     norm: Tensor | None = None
+    wide: bool = False
 
     @property
     def fixed(self) -> bool:
@@ -168,6 +170,11 @@ class Plan:
         """Image bytes [n, 3, h, w] as the real values of their codes, float32."""
         x = images.float()
         return (x - 128.0) / 128.0 if self.signed_image else x / 256.0
+
+    def rounded_in(self, name: str) -> str:
+        """The tensor whose format rounds what a step sums up: its own, or that of the addition behind a wide convolution."""
+        step = self.producer(name)
+        return self.consumers(name)[0].name if isinstance(step, ConvStep) and step.wide else name
 
     def insert_identity(self, reader: Step, position: int) -> None:
         """Put a change of format before one input of a step: a depthwise convolution with the constant weight 1."""

@@ -8,8 +8,13 @@ from edgeft.quant.tables import FUNCTIONS
 
 
 def has_quantizer(step: Step) -> bool:
-    """Whether a step computes new codes."""
-    return not isinstance(step, MOVES)
+    """Whether a step computes new 8-bit codes: it does not only move some, and does not hand on its accumulators."""
+    return not isinstance(step, MOVES) and not is_wide(step)
+
+
+def is_wide(step: Step) -> bool:
+    """Whether a step hands its accumulators to an addition."""
+    return isinstance(step, ConvStep) and step.wide
 
 
 class Storage:
@@ -23,7 +28,7 @@ class Storage:
         nonnegative = {IMAGE: not plan.signed_image}
         for step in plan.steps:
             moved = dict.fromkeys(source for name in step.inputs for source in self._sources[name])
-            self._sources[step.name] = (step.name,) if has_quantizer(step) else tuple(moved)
+            self._sources[step.name] = tuple(moved) if isinstance(step, MOVES) else (step.name,)
             nonnegative[step.name] = _nonnegative(step, [nonnegative[name] for name in step.inputs])
         self._signed = {self._classes.find(name) for name, never in nonnegative.items() if not never}
 
@@ -62,7 +67,7 @@ def find_points(storage: Storage) -> Iterator[Point]:
     for step in plan.steps:
         if not has_quantizer(step) or step.name == plan.output:
             continue
-        readers = [reader for name in _aliases(plan, step.name) for reader in plan.consumers(name) if has_quantizer(reader)]
+        readers = [reader for name in _aliases(plan, step.name) for reader in plan.consumers(name) if not isinstance(reader, MOVES)]
         fmt = activation_format(profile, relu=storage.unsigned(step.name), frac=0)
         yield Point(
             step.name, fmt, step.relu, CLIP_FRAC[profile] if step.clip is not None else None, storage.shared(step.name),
@@ -72,7 +77,7 @@ def find_points(storage: Storage) -> Iterator[Point]:
 
 def _aliases(plan: Plan, name: str) -> list[str]:
     """The tensor and everything that only moves its codes around."""
-    moved = [step.name for step in plan.consumers(name) if not has_quantizer(step)]
+    moved = [step.name for step in plan.consumers(name) if isinstance(step, MOVES)]
     return [name, *(alias for child in moved for alias in _aliases(plan, child))]
 
 

@@ -22,14 +22,16 @@ IMAGE_VALUES = "image_values"
 """Name of the depthwise 1x1 layer that yields the normalised image where its factors cannot be folded into what reads it."""
 
 
-def prepare_plan(net: nn.Module, image_shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], profile: str) -> Plan:
+def prepare_plan(
+    net: nn.Module, image_shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], profile: str, residual: str = "branch"
+) -> Plan:
     """Plan of a float network, ready for quantization: reads image bytes, all foldable factors folded, float32.
 
     Raises UnsupportedError naming the layer when the network has no fixed-point form.
     """
     plan = trace(net, image_shape)
     fold_pooling(plan)
-    fold_image(plan, mean, std)
+    fold_image(plan, mean, std, profile)
     scale_clips(plan, profile)
     separate(plan, profile)
     for step in plan.weighted():
@@ -38,7 +40,23 @@ def prepare_plan(net: nn.Module, image_shape: tuple[int, int, int], mean: Sequen
             step.norm = step.norm.float()
         if not bool(torch.isfinite(step.weight).all() and torch.isfinite(step.bias).all()):
             raise UnsupportedError(f"layer '{step.name}' has weights that are not finite numbers")
+    if residual == "wide":
+        widen_additions(plan)
     return plan
+
+
+def widen_additions(plan: Plan) -> None:
+    """Let each addition take the accumulators of a convolution that nothing else reads, of two such the one that is computed last.
+
+    The last one, because its accumulators can then be consumed as they are formed, and no 32-bit tensor is ever stored.
+    """
+    for add in plan.steps:
+        if not isinstance(add, AddStep) or add.inputs[0] == add.inputs[1]:
+            continue
+        operands = [step for step in plan.steps if step.name in add.inputs and isinstance(step, ConvStep)]
+        alone = [step for step in operands if not (step.fixed or step.relu) and plan.consumers(step.name) == [add]]
+        for step in alone[-1:]:
+            step.wide = True
 
 
 def fold_pooling(plan: Plan) -> None:
@@ -85,23 +103,24 @@ def insert_factor(plan: Plan, name: str, factor: float, readers: list[Step]) -> 
         reader.inputs = tuple(scaled if other == name else other for other in reader.inputs)
 
 
-def fold_image(plan: Plan, mean: Sequence[float], std: Sequence[float]) -> None:
+def fold_image(plan: Plan, mean: Sequence[float], std: Sequence[float], profile: str = "u8") -> None:
     """Make the plan read bytes. x = (byte/255 - mean)/std is folded into the consumers where zero padding stays (nearly) zero.
 
     mean = 1/2: code = byte - 128 (s8.7), exact but for half a level at zero padding. mean = 0: code = byte (u8.8), exact.
     Otherwise the layer `image_norm` subtracts the mean: code = round(byte * w - o), an 8-bit multiplication and a shift for each
     channel, whose gain w / 2^6 uses the range and is divided out of the consumers' weights. Where a consumer has no weights to fold
-    into, the layer `image_values` yields the normalised values themselves.
+    into, the layer `image_values` yields the normalised values themselves. In profile `s8`, which has no unsigned tensor, the image is
+    always byte - 128, and `image_norm` yields the same codes from that.
     """
     mean_t, std_t = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     levels = 255.0 * mean_t
-    if bool((128.0 - levels).abs().max() <= 1.0):
-        plan.signed_image = True
+    centred = bool((128.0 - levels).abs().max() <= 1.0)
+    plan.signed_image = centred or profile == "s8"
+    if plan.signed_image:
         factor, offset = 128.0 / (255.0 * std_t), (128.0 - levels) / (255.0 * std_t)
     else:
-        plan.signed_image = False
         factor, offset = 256.0 / (255.0 * std_t), -mean_t / std_t
-    if plan.signed_image or bool(levels.abs().max() <= 1.0):
+    if centred or (not plan.signed_image and bool(levels.abs().max() <= 1.0)):
         if not scale_readers(plan, IMAGE, factor, offset if bool((offset != 0.0).any()) else None):
             _insert_before_image_readers(plan, IMAGE_VALUES, factor, offset, None)
     elif not _insert_image_norm(plan, levels, std_t):
@@ -109,13 +128,17 @@ def fold_image(plan: Plan, mean: Sequence[float], std: Sequence[float]) -> None:
 
 
 def _insert_image_norm(plan: Plan, levels: Tensor, std: Tensor) -> bool:
-    # value = (byte/256) * w - o with codes at frac 7; the largest gain that keeps bytes 0 and 255 inside -128 ... 127.
+    # code = byte * w - o; w is the largest gain that keeps bytes 0 and 255 inside -128 ... 127.
     gain = torch.minimum(127.0 / (255.0 - levels).clamp(min=1.0), 128.0 / levels.clamp(min=1.0))
     codes = (gain * 2.0 ** (IMAGE_NORM_FRAC + 1)).floor().clamp(max=127.0)
     weight = codes * 2.0**-IMAGE_NORM_FRAC
     if not scale_readers(plan, IMAGE, 256.0 / (weight * 255.0 * std)):
         return False
-    _insert_before_image_readers(plan, IMAGE_NORM, weight, -weight * levels / 256.0, IMAGE_NORM_FRAC)
+    bias = -weight * levels / 256.0
+    if plan.signed_image:  # byte / 256 = value / 2 + 1 / 2
+        _insert_before_image_readers(plan, IMAGE_NORM, weight / 2.0, bias + weight / 2.0, IMAGE_NORM_FRAC + 1)
+    else:
+        _insert_before_image_readers(plan, IMAGE_NORM, weight, bias, IMAGE_NORM_FRAC)
     return True
 
 

@@ -57,13 +57,13 @@ PLAN_TOLERANCE = 0.02
 
 
 @torch.no_grad()
-def plan_of(classifier: Classifier, profile: str) -> Plan:
+def plan_of(classifier: Classifier, profile: str, residual: str = "branch") -> Plan:
     """The float network as a plan of fixed-point steps, compared with the network on one random image.
 
     Raises UnsupportedError naming the layer that has no fixed-point form, or saying that tracing missed something.
     """
     p = classifier.preprocessing
-    plan = prepare_plan(classifier.net, (3, p.size, p.size), p.mean, p.std, profile)
+    plan = prepare_plan(classifier.net, (3, p.size, p.size), p.mean, p.std, profile, residual)
     image = torch.randint(0, 256, (1, 3, p.size, p.size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     wanted = classifier(image.to(classifier.mean.device)).cpu()
     difference = float((run_float(plan, image) - wanted).abs().max())
@@ -191,7 +191,7 @@ def _choices(context: TrainContext) -> dict[str, Any]:
 def calibrated(job: Job) -> tuple[FixedPointNet, dict[str, float]]:
     """Calibrate on training images, on the CPU; or read back what an interrupted run had calibrated. The net, and each tensor's sigma."""
     dataset, context, config = job.dataset, job.context, job.config
-    plan = plan_of(job.classifier.cpu(), config.quant.profile)
+    plan = plan_of(job.classifier.cpu(), config.quant.profile, config.quant.residual)
     file = context.work / CALIBRATED
     saved = read_checkpoint(file)
     if saved is not None:

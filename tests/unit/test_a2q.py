@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from edgeft.bounds import accumulator_bound
 from edgeft.config import QuantConfig
 from edgeft.errors import UnsupportedError
 from edgeft.fixedpoint import FixedPointFormat
-from edgeft.graph import accumulator_bound
 from edgeft.interpret import Interpreter
 from edgeft.quant import a2q
 from edgeft.quant.calibration.calibrate import calibrate
