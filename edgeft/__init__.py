@@ -5,6 +5,7 @@ The public names below are imported when first used, so that `import edgeft` nee
     config = edgeft.build_config(flags={"train.method": "lpft", "out": "runs/demo"})
     run = edgeft.train_quantize(config)
     edgeft.export(run.path, ["onnx"])
+    edgeft.load(run.path).predict("cat.jpg").top(3)
 """
 
 import importlib
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
     from edgeft.errors import EdgeftError
     from edgeft.exporting import export
     from edgeft.pipeline import train_quantize
+    from edgeft.predicting import load
     from edgeft.progress import Progress
 
 __version__ = "0.1.0"
-__all__ = ["Artifact", "Config", "EdgeftError", "Progress", "__version__", "build_config", "export", "train_quantize"]
+__all__ = ["Artifact", "Config", "EdgeftError", "Progress", "__version__", "build_config", "export", "load", "train_quantize"]
 
 _HOMES = {
     "Artifact": "edgeft.artifact",
@@ -28,6 +30,7 @@ _HOMES = {
     "EdgeftError": "edgeft.errors",
     "Progress": "edgeft.progress",
     "build_config": "edgeft.config",
+    "load": "edgeft.predicting",
     "train_quantize": "edgeft.pipeline",
 }
 

@@ -160,6 +160,55 @@ def export(
 
 
 @app.command()
+def predict(
+    export: Annotated[Path, typer.Argument(metavar="EXPORT", help="directory of an export, or of a run that has one")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="image files, or folders: every image in them")],
+    top: Annotated[int, typer.Option(min=1, help="print this many classes of each image, the most probable first")] = 1,
+    json_: Json = False,
+) -> None:
+    """Classify images with an exported model.
+
+    Images may have any size and kind: they are prepared as those of training and evaluation were.
+
+    Example: edgeft predict runs/mbv2 cat.jpg holiday/ --top 3
+    """
+    from edgeft.predicting import image_files, load
+
+    predictor = load(export)
+    files = [str(file) for file in image_files(images, _progress())]
+    found = list(zip(files, predictor.predict(files).top(top), strict=True))
+    if json_:
+        print(_json([{"path": file, "classes": [{"label": name, "probability": p} for name, p in best]} for file, best in found]))
+        return
+    width = max(map(len, files))
+    for file, best in found:
+        print(f"{file:{width}}  {', '.join(f'{name} {100 * p:.1f} %' for name, p in best)}")
+
+
+@app.command()
+def verify(
+    path: Annotated[Path | None, typer.Argument(metavar="[RUN|EXPORT]", help="default: the latest finished run in runs/")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="only the export to this target; may be repeated; default: all")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="images: golden ones, adversarial ones, the rest random")] = 1000,
+    seed: Annotated[int | None, typer.Option(help="seed of the random images; default: a new one, which is printed")] = None,
+    json_: Json = False,
+) -> None:
+    """Compare exports with the interpreter, code for code.
+
+    In every runtime that is installed. The exit code is 1 when a single code of any layer differs.
+
+    Example: edgeft verify runs/mbv2 --target onnx --n 200
+    """
+    from edgeft import verifying
+    from edgeft.artifact import latest_run
+
+    found = verifying.verify(path or latest_run(), target or (), n=n, seed=seed, progress=_progress())
+    print(_json(found.to_json()) if json_ else "\n".join(found.lines()))
+    if not found.exact:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
 def show(
     run: Run = None,
     formats: Annotated[bool, typer.Option("--formats", help="the number format of every layer as well")] = False,

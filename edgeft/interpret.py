@@ -48,9 +48,14 @@ class Interpreter:
 
     def logits(self, images: Images) -> Logits:
         """Scores [n, classes]: accumulator * 2^-frac, exact in float32 while |accumulator| <= 2^24 (eq. 15)."""
-        fmt = self.graph.format(self.graph.output)
-        chunks = [self._run(chunk, keep=False)[self.graph.output] for chunk in _chunks(images)]
-        return dequantize(_concatenate(chunks), fmt).astype(np.float32)
+        return self.scores(_concatenate([self._run(chunk, keep=False)[self.graph.output] for chunk in _chunks(images)]))
+
+    def scores(self, codes: Codes) -> Logits:
+        """Real values of the logits' codes."""
+        return dequantize(codes, self.graph.format(self.graph.output)).astype(np.float32)
+
+    def rounded(self, op: Op, acc: Codes, shift: Codes) -> None:
+        """Told of every accumulator before it is rounded; does nothing, for others to look at what is rounded."""
 
     def layers(self, images: Images) -> dict[str, Codes]:
         """Codes of every tensor, the input included, in execution order."""
@@ -102,6 +107,7 @@ class Interpreter:
 
     def _requantize(self, op: Op, acc: Codes, *, relu: bool) -> Codes:
         shift = self.graph.shift(op).reshape(-1, *[1] * (acc.ndim - 2))
+        self.rounded(op, acc, shift)
         return requantize(acc, shift, self.graph.format(op.output), relu=relu)
 
     def _aligned(self, name: str, op: Add, codes: dict[str, Codes]) -> Codes:

@@ -49,6 +49,8 @@ class ExportTarget(Protocol):
 TARGETS = Registry(
     "export target",
     Entry("onnx", "QDQ ONNX for ONNX Runtime, every layer fused to an 8-bit operator", "edgeft.export.onnx_qdq:TARGET"),
+    Entry("onnx-int", "integer-only ONNX: 8-bit products, shifts and clips, as a proof; slow", "edgeft.export.onnx_int:TARGET"),
+    Entry("trt", "int8 Q/DQ ONNX for TensorRT and TensorRT-RTX, with the script that builds the engine", "edgeft.export.trt_qdq:TARGET"),
 )
 
 sys.modules[__name__].__class__ = VerbModule  # edgeft.export(run, targets) is the verb, edgeft.export.TARGETS the package

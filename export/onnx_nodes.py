@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import edgeft
 from edgeft.artifact import Artifact
-from edgeft.errors import VerificationError
+from edgeft.errors import ArtifactError, VerificationError
 from edgeft.fixedpoint import FixedPointFormat
 from edgeft.graph import SCHEMA, IntegerGraph
 
@@ -93,7 +94,7 @@ def window(kernel: tuple[int, ...], stride: tuple[int, int], padding: tuple[int,
     return {"kernel_shape": list(kernel), "strides": list(stride), "pads": list(padding), **more}
 
 
-def step_of(frac: int | Sequence[int]) -> NDArray[np.float32]:
+def step_of(frac: int | Sequence[int] | NDArray[Any]) -> NDArray[np.float32]:
     """2^-frac as a float32 scalar, or a vector of them."""
     steps: NDArray[np.float32] = np.ldexp(np.float32(1), -np.asarray(frac)).astype(np.float32)
     return steps
@@ -131,3 +132,11 @@ def artifact_metadata(artifact: Artifact) -> dict[str, str]:
         "edgeft.preprocessing": json.dumps(artifact.manifest.preprocessing),
         "edgeft.classes": json.dumps(list(artifact.manifest.classes)),
     }
+
+
+def stored_tensors(model: onnx.ModelProto, path: Path) -> list[StoredTensor]:
+    """What a file says about its tensors. Raises ArtifactError when it was not written by edgeft."""
+    text = {entry.key: entry.value for entry in model.metadata_props}.get(TENSORS_KEY)
+    if text is None:
+        raise ArtifactError(f"'{path}' was not exported by edgeft: it has no metadata '{TENSORS_KEY}'")
+    return [StoredTensor.from_json(tree) for tree in json.loads(text)]

@@ -1,6 +1,5 @@
 """Run an exported ONNX file on ONNX Runtime's CPU provider: logits, every layer, and what was fused."""
 
-import json
 import platform
 import tempfile
 from collections import Counter
@@ -14,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgeft.errors import ArtifactError
-from edgeft.export.onnx_nodes import AVX2_PRECISION_KEY, INPUT, OUTPUT, TENSORS_KEY, StoredTensor
+from edgeft.export.onnx_nodes import AVX2_PRECISION_KEY, INPUT, OUTPUT, StoredTensor, stored_tensors
 from edgeft.fixedpoint import dequantize
 from edgeft.runner import Images, Logits
 
@@ -49,8 +48,8 @@ class OnnxRunner:
         self._path = path
         self._options = session_options(threads, optimise=optimise)
         self._providers = list(dict.fromkeys((provider, CPU)))
+        self._tensors = stored_tensors(onnx.load(path), path)
         self._session = ort.InferenceSession(path, self._options, providers=self._providers)
-        self._tensors = _stored_tensors(self._session, path)
 
     def logits(self, images: Images) -> Logits:
         """Scores [n, classes]; of integer logits their real values."""
@@ -115,10 +114,3 @@ def session_options(threads: int | None, *, optimise: bool) -> ort.SessionOption
     if lacks_vnni(platform.machine(), cpuinfo.read_text() if cpuinfo.is_file() else ""):
         options.add_session_config_entry(AVX2_PRECISION_KEY, "1")
     return options
-
-
-def _stored_tensors(session: ort.InferenceSession, path: Path) -> list[StoredTensor]:
-    text = session.get_modelmeta().custom_metadata_map.get(TENSORS_KEY)
-    if text is None:
-        raise ArtifactError(f"'{path}' was not exported by edgeft: it has no metadata '{TENSORS_KEY}'")
-    return [StoredTensor.from_json(tree) for tree in json.loads(text)]

@@ -37,7 +37,7 @@ def decode(path: Path, short_side: int = SHORT_SIDE) -> NDArray[np.uint8]:
     try:
         return _read(path, short_side)
     except Exception as error:  # damaged files make Pillow's readers raise almost anything
-        raise DataError(f"cannot read the image '{path}': {_reason(error)}", "remove the file or restore it") from error
+        raise DataError(f"cannot read the image '{path}': {reason(error)}", "remove the file or restore it") from error
 
 
 def problem(path: Path) -> str | None:
@@ -45,7 +45,7 @@ def problem(path: Path) -> str | None:
     try:
         _read(path, _CHECK_SIDE)
     except Exception as error:  # as in decode
-        return _reason(error)
+        return reason(error)
     return None
 
 
@@ -57,8 +57,13 @@ def _read(path: Path, short_side: int) -> NDArray[np.uint8]:
         short = min(width, height)
         if short >= 2 * short_side:
             image.draft(None, (-(-width * short_side // short), -(-height * short_side // short)))
-        direct = _direct_colour(image)
-        orientation = _orientation(image)
+        return pixels(image, short_side)
+
+
+def pixels(image: "Image", short_side: int = SHORT_SIDE) -> NDArray[np.uint8]:
+    """RGB bytes of an opened image, shape [h, w, 3], by the same rules. Raises ValueError and whatever Pillow raises; see `reason`."""
+    direct = _direct_colour(image)
+    orientation = _orientation(image)
     factor = min(direct.size) // short_side
     if factor > 1:
         direct = direct.reduce(factor)
@@ -136,7 +141,8 @@ def _oriented(array: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(array)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why an image could not be read, in a few words."""
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):

@@ -40,11 +40,12 @@ def load_dataset(config: Config, progress: Progress | None = None, *, training: 
     dataset = _labelled(config, progress)
     if not (training and config.quant.unlabelled):
         return dataset
-    split, notes = load_unlabelled(config.quant.unlabelled, _short_side(config), progress or Progress(enabled=False))
+    split, notes = load_unlabelled(config.quant.unlabelled, short_side(config), progress or Progress(enabled=False))
     return replace(dataset, unlabelled=split, notes=(*dataset.notes, *notes, *_also_tested(config)))
 
 
-def _short_side(config: Config) -> int:
+def short_side(config: Config) -> int:
+    """Bound of the decoded short side of image files in pixels."""
     return max(SHORT_SIDE, REDUCING_GAP * (config.data.size or 0))
 
 
@@ -79,7 +80,7 @@ def _labelled(config: Config, progress: Progress | None) -> Dataset:
         seed=config.seed,
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,
-        short_side=_short_side(config),
+        short_side=short_side(config),
         progress=progress,
     )
     return loaded

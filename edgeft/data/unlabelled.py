@@ -24,7 +24,7 @@ def load_unlabelled(folders: Sequence[Path], short_side: int, progress: Progress
     found: dict[Path, Path] = {}
     for folder in folders:
         root = folder.expanduser()
-        paths = readable(_files(root, set()), root, notes, progress)
+        paths = readable(files_below(root, set()), root, notes, progress)
         if not paths:
             raise DataError(f"the folder '{root}' of unlabelled images holds none", "quant.unlabelled takes folders of image files")
         for path in paths:
@@ -33,7 +33,7 @@ def load_unlabelled(folders: Sequence[Path], short_side: int, progress: Progress
     return Split(NAME, "train", FolderImages(tuple(found.values()), short_side), labels), notes
 
 
-def _files(folder: Path, seen: set[Path]) -> list[Path]:
+def files_below(folder: Path, seen: set[Path]) -> list[Path]:
     """Files of a folder and, folder by folder, of those inside it; links may lead to a folder again, which is not listed twice."""
     seen.add(folder.resolve())
     inside = entries(folder, "image files, directly or in folders")
@@ -41,5 +41,5 @@ def _files(folder: Path, seen: set[Path]) -> list[Path]:
     files = [path for path in inside if path not in nested]
     for inner in nested:
         if inner.resolve() not in seen:
-            files += _files(inner, seen)
+            files += files_below(inner, seen)
     return files

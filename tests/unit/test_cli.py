@@ -82,6 +82,7 @@ def test_the_flags_are_frozen() -> None:
             "--config", "--set", "--seed", "--device", "--resume", "--dry-run", "--print-config", "--json",
         },
         "export": {"--target", "--out", "--no-evaluate", "--json"},
+        "predict": {"--top", "--json"},
         "show": {"--formats", "--saturation", "--json"},
         "list": {"--json"},
         "doctor": {"--json"},
@@ -188,7 +189,10 @@ def test_the_package_is_the_verb_too(pipeline: FakePipeline) -> None:
             "  quant.profile: Input should be 'u8' or 's8' (found 'u9')\n"
             "  unknown key 'quant.fromat' (did you mean 'format'?)\n",
         ),
-        (["export", "r", "--target", "onxn"], "error: unknown export target 'onxn'\n  known export targets: onnx\n  did you mean: onnx\n"),
+        (
+            ["export", "r", "--target", "onxn"],
+            "error: unknown export target 'onxn'\n  known export targets: onnx, onnx-int, trt\n  did you mean: onnx\n",
+        ),
         (["export"], "error: there is no finished run in 'runs'\n  edgeft train-quantize --method lpft makes one\n"),
         (["show", "absent"], "error: there is no run at 'absent'\n  edgeft train-quantize makes one\n"),
         (
