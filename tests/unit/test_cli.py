@@ -84,6 +84,7 @@ def test_the_flags_are_frozen() -> None:
         "export": {"--target", "--out", "--no-evaluate", "--json"},
         "predict": {"--top", "--json"},
         "show": {"--formats", "--saturation", "--json"},
+        "verify": {"--target", "--n", "--seed", "--json"},
         "list": {"--json"},
         "doctor": {"--json"},
     }  # fmt: skip
