@@ -170,6 +170,22 @@ def ort_latency(
     _done(run(subjects, out, n_rounds=rounds, n_calls=calls, threads=threads, progress=Progress()))
 
 
+@app.command("targets")
+def targets(
+    backbone: Annotated[str | None, typer.Option(help="timm name; default: edgeft_micro, mobilenetv2_100, resnet18 and resnet50")] = None,
+    size: Size = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="images for every file")] = 1000,
+    threads: Threads = 1,
+    out: Out = RESULTS,
+) -> None:
+    """Every export target on nets of realistic size: code for code in every runtime, and the kernels that TensorRT's builder chooses."""
+    _limit(threads)
+    from benchmarks.nets import chosen
+    from benchmarks.targets import CASES, run
+
+    _done(run(CASES if backbone is None else chosen(backbone, size), out, n=n, progress=Progress()))
+
+
 @app.command("gpu-check")
 def gpu_check(
     parts: Annotated[list[str] | None, typer.Argument(help="runs, exact, kernels, steps; default: all")] = None,

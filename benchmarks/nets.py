@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,11 +76,11 @@ def random_classifier(case: Case) -> Classifier:
     return classifier.eval()
 
 
-def fixed_point(classifier: Classifier, granularity: Literal["tensor", "channel"] = "tensor") -> tuple[FixedPointNet, dict[str, float]]:
-    """The fixed-point form on random images, formats by the default rule, weights rounded to nearest; and each tensor's sigma."""
-    config = QuantConfig(rounding="nearest", granularity=granularity)
+def fixed_point(classifier: Classifier, **quant: Any) -> tuple[FixedPointNet, dict[str, float]]:
+    """The fixed-point form on random images, weights rounded to nearest; and each tensor's sigma. `quant`: keys of QuantConfig."""
+    config = QuantConfig(rounding="nearest", **quant)
     images = random_images(N_CALIBRATION, classifier.preprocessing.size, seed=1).transpose(0, 3, 1, 2).copy()
-    plan = plan_of(classifier, config.profile)
+    plan = plan_of(classifier, config.profile, config.residual)
     with Progress(False).task("calibrate", len(plan.steps)) as advance:
         net, sigmas = calibrate(plan, torch.from_numpy(images), config, advance)
     enforce_bounds(net)

@@ -1,5 +1,6 @@
 """export(): a run to each target, verified code for code, and measured where the run's images are at hand."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,6 +74,9 @@ def _export_one(
         lines += [f"       0 differing codes in {len(result.graph.tensors)} tensors on {n} test images", "", render(report)]
     elif dataset is not None:
         lines.append(f"       accuracy not measured: {dataset}")
+    summary["runtimes"] = [
+        {"runner": each.name, "runtime": each.runtime, **dataclasses.asdict(each.executes())} for each in TARGETS.get(name).runtimes(out)
+    ]
     samples = artifact.samples()
     kept = {key: samples[key] for key in ("labels",) if key in samples} | golden(result.graph, samples["images"])
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() and path.name not in DOCUMENTS)

@@ -12,7 +12,7 @@ from edgeft.artifact import Artifact
 from edgeft.errors import ArtifactError
 from edgeft.export import TARGETS
 from edgeft.export.inputs import hard_inputs
-from edgeft.export.verify import BATCH, LayerDifference, compare
+from edgeft.export.verify import BATCH, LayerDifference, compare, golden
 from edgeft.graph import IntegerGraph, Op
 from edgeft.interpret import Codes, Interpreter
 from edgeft.progress import Advance, Progress
@@ -102,14 +102,30 @@ def verify(
     for export in _exports(path, targets):
         target, graph = export.document("export.json")["target"], export.graph()
         images = hard_inputs(graph, export.samples()["images"], n, seed)
-        reference = _TieCounter(graph)
-        here = [(Checked(export.path, runner.name), runner) for runner in TARGETS.get(target).runtimes(export.path)]
         with progress.task(f"verify '{target}'", len(images.all)) as advance:
-            _check_recorded(export, reference)
-            _compare(reference, here, images.all, advance)
-        checked += [found for found, _ in here]
-        inputs[str(export.path)], ties[str(export.path)] = images.summary, reference.ties
+            _check_recorded(export, graph)
+            found, ties[str(export.path)] = check(graph, TARGETS.get(target).runtimes(export.path), images.all, advance, export.path)
+        checked += found
+        inputs[str(export.path)] = images.summary
     return Verification(tuple(checked), inputs, ties, seed)
+
+
+def check(
+    graph: IntegerGraph, runners: Sequence[LayerRunner], images: Images, advance: Advance, export: Path = Path()
+) -> tuple[list[Checked], int]:
+    """Each runner against the interpreter of a graph on the same images; what was found, and how many sums were ties."""
+    reference, found = _TieCounter(graph), [Checked(export, runner.name) for runner in runners]
+    for start in range(0, len(images), BATCH):
+        part = images[start : start + BATCH]
+        shown = _Shown(reference, part)
+        for checked, runner in zip(found, runners, strict=True):
+            for difference in compare(shown, runner, part):
+                _add(checked, difference)
+            checked.logits_differ += int((shown.logits(part) != runner.logits(part)).any(axis=1).sum())
+            checked.images += len(part)
+            checked.codes += shown.size
+        advance(len(part))
+    return found, reference.ties
 
 
 class _TieCounter(Interpreter):
@@ -145,27 +161,12 @@ def _exports(path: Path, targets: Sequence[str]) -> list[Artifact]:
     return found
 
 
-def _check_recorded(export: Artifact, reference: Interpreter) -> None:
+def _check_recorded(export: Artifact, graph: IntegerGraph) -> None:
     """The interpreter of this installation against the codes that were recorded with the export."""
     samples = export.samples()
-    recorded, name = samples[f"layer:{reference.graph.output}"], reference.graph.output
-    for start in range(0, len(recorded), BATCH):
-        found = reference.layers(samples["images"][start : start + BATCH])[name]
-        if not np.array_equal(found, recorded[start : start + BATCH]):
+    for key, codes in golden(graph, samples["images"]).items():
+        if not np.array_equal(codes, samples[key]):
             raise ArtifactError(f"'{export.path}': the interpreter of this version does not give the logits that were recorded")
-
-
-def _compare(reference: Interpreter, here: Sequence[tuple[Checked, LayerRunner]], images: Images, advance: Advance) -> None:
-    for start in range(0, len(images), BATCH):
-        part = images[start : start + BATCH]
-        shown = _Shown(reference, part)
-        for checked, runner in here:
-            for difference in compare(shown, runner, part):
-                _add(checked, difference)
-            checked.logits_differ += int((shown.logits(part) != runner.logits(part)).any(axis=1).sum())
-            checked.images += len(part)
-            checked.codes += shown.size
-        advance(len(part))
 
 
 class _Shown:

@@ -3,13 +3,16 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeft import VerbModule
 from edgeft.artifact import Artifact
 from edgeft.graph import IntegerGraph
 from edgeft.registry import Entry, Registry
 from edgeft.runner import LayerRunner
+
+if TYPE_CHECKING:
+    from edgeft.export.ort_runner import Fusion
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,16 @@ class ExportResult:
     converted: bool = False
 
 
+class Runtime(LayerRunner, Protocol):
+    """An exported file in a runtime: a LayerRunner that says what runs it ("ONNX Runtime 1.32.0, CPU") and how."""
+
+    runtime: str
+
+    def executes(self) -> "Fusion":
+        """The operators that are executed, and the names of the file's nodes that compute in float."""
+        ...
+
+
 class ExportTarget(Protocol):
     """One way to run a fixed-point model outside PyTorch."""
 
@@ -41,7 +54,7 @@ class ExportTarget(Protocol):
         """Open what `export` wrote under `out`. Raises ArtifactError when it is not there."""
         ...
 
-    def runtimes(self, out: Path) -> list[LayerRunner]:
+    def runtimes(self, out: Path) -> list[Runtime]:
         """The file in every runtime that is installed here and reproduces it, the one that `load` opens first."""
         ...
 

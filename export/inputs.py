@@ -96,7 +96,9 @@ def _extremal(graph: IntegerGraph, op: Conv) -> list[NDArray[np.int64]]:
     found = []
     for weight in _dense(graph, op)[:N_EXTREMAL]:
         pattern = np.where(weight > 0, 255, 0).repeat(op.dilation[0], 1).repeat(op.dilation[1], 2)
-        tiled = np.tile(pattern, (1, -(-height // pattern.shape[1]), -(-width // pattern.shape[2])))[:, :height, :width]
+        tiles = [-(-(side + pad) // each) for side, pad, each in zip((height, width), op.padding[:2], pattern.shape[1:], strict=True)]
+        # As if the padding were part of the tiling: then some window meets a whole pattern at any stride.
+        tiled = np.tile(pattern, (1, *tiles))[:, op.padding[0] :, op.padding[1] :][:, :height, :width]
         found += [tiled, 255 - tiled]
     return found
 

@@ -16,13 +16,12 @@ from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotInR
 
 from edgeft.artifact import Artifact, atomic_write
 from edgeft.errors import UnsupportedError, VerificationError
-from edgeft.export import ExportResult
+from edgeft.export import ExportResult, Runtime
 from edgeft.export.int_writer import IntWriter
 from edgeft.export.onnx_nodes import AVX2_PRECISION_KEY, artifact_metadata, assemble
 from edgeft.export.ort_runner import OnnxRunner
 from edgeft.export.verify import verify_samples
 from edgeft.graph import IntegerGraph
-from edgeft.runner import LayerRunner
 
 OPSET, IR_VERSION = 18, 8
 """Pinned: the first opset with BitwiseAnd."""
@@ -85,7 +84,7 @@ class OnnxIntTarget:
             hint = "1.24 and newer multiply signed integers: pip install --upgrade onnxruntime"
             raise UnsupportedError(f"ONNX Runtime {onnxruntime.__version__}: {error}", hint) from error
 
-    def runtimes(self, out: Path) -> list[LayerRunner]:
+    def runtimes(self, out: Path) -> list[Runtime]:
         """ONNX Runtime."""
         return [self.load(out)]
 

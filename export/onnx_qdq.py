@@ -15,15 +15,15 @@ from onnx import TensorProto
 
 from edgeft.artifact import Artifact, atomic_write
 from edgeft.errors import UnsupportedError
-from edgeft.export import ExportResult
+from edgeft.export import ExportResult, Runtime
 from edgeft.export.agreement import check_float_agreement
 from edgeft.export.onnx_nodes import AVX2_PRECISION_KEY, artifact_metadata, assemble
 from edgeft.export.onnx_writer import Writer
 from edgeft.export.ort_runner import Fusion, OnnxRunner, fusion
+from edgeft.export.runtimes import in_openvino, on_gpu
 from edgeft.export.verify import verify_samples
 from edgeft.fixedpoint import FixedPointFormat
 from edgeft.graph import Add, Conv, GlobalPool, IntegerGraph, Linear, Mul, Tensor
-from edgeft.runner import LayerRunner
 
 OPSET, IR_VERSION = 17, 8
 """Pinned: old enough for runtimes in the field, new enough for 8-bit MaxPool and per-channel DequantizeLinear."""
@@ -84,9 +84,9 @@ class OnnxTarget:
         """Open `<out>/model.onnx` on the CPU; `threads` None leaves the number to ONNX Runtime."""
         return OnnxRunner(out / FILE, threads)
 
-    def runtimes(self, out: Path) -> list[LayerRunner]:
-        """ONNX Runtime."""
-        return [self.load(out)]
+    def runtimes(self, out: Path) -> list[Runtime]:
+        """ONNX Runtime, on a GPU as well where there is one, and OpenVINO."""
+        return [self.load(out), *in_openvino(out / FILE, "onnx"), *on_gpu(out / FILE, "onnx", "CUDA")]
 
 
 TARGET = OnnxTarget()

@@ -1,5 +1,6 @@
 """Run an exported ONNX file on OpenVINO's CPU plugin: a second opinion on every integer, and a fast runtime."""
 
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ from numpy.typing import NDArray
 
 from edgeft.errors import ArtifactError
 from edgeft.export.onnx_nodes import INPUT, OUTPUT, StoredTensor, stored_tensors
-from edgeft.export.ort_runner import with_layer_outputs
+from edgeft.export.ort_runner import Fusion, with_layer_outputs
 from edgeft.fixedpoint import dequantize
 from edgeft.runner import Images, Logits
+
+_NO_OPERATION = frozenset({"Const", "Input", "Output", "Reorder", "Reshape"})
+_ARITHMETIC = frozenset({"Convolution", "FullyConnected", "MatMul", "Eltwise", "Pooling", "Reduce", "Subgraph", "FakeQuantize"})
+_INTEGER = frozenset({"i8", "u8"})
 
 
 class OpenVinoRunner:
@@ -24,6 +29,7 @@ class OpenVinoRunner:
         if not path.is_file():
             raise ArtifactError(f"'{path}' does not exist", "edgeft export RUN")
         self.name = name
+        self.runtime = f"OpenVINO {openvino.__version__.partition('-')[0]}, CPU"
         self._model = onnx.load(path)
         self._tensors: list[StoredTensor] = stored_tensors(self._model, path)
         # float32: on processors with bfloat16 the plugin would otherwise compute what stays in float with 8 bits of mantissa.
@@ -47,6 +53,20 @@ class OpenVinoRunner:
         """Codes of every tensor. Raises VerificationError when a 32-bit tensor does not hold whole accumulators."""
         found = self._layer_model([images])
         return {each.name: each.codes(images if each.onnx == INPUT else found[each.onnx]) for each in self._tensors}
+
+    def executes(self) -> Fusion:
+        """What the plugin makes of the file, by its kinds of operation; those on float tensors by the names of the file's nodes."""
+        operators: Counter[str] = Counter()
+        in_float = []
+        for operation in self._compiled.get_runtime_model().get_ordered_ops():
+            about = {key: str(value.astype(str)) for key, value in operation.get_rt_info().items() if hasattr(value, "astype")}
+            kind = about.get("layerType", operation.get_type_name())
+            if kind in _NO_OPERATION:
+                continue
+            operators[kind] += 1
+            if kind in _ARITHMETIC and about.get("runtimePrecision") not in _INTEGER:
+                in_float.append(about.get("originalLayersNames", operation.get_friendly_name()))
+        return Fusion(dict(sorted(operators.items())), tuple(in_float))
 
     @cached_property
     def _layer_model(self) -> Any:

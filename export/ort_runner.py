@@ -3,6 +3,7 @@
 import platform
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,11 +46,18 @@ class OnnxRunner:
         if not path.is_file():
             raise ArtifactError(f"'{path}' does not exist", "edgeft export RUN --target onnx")
         self.name = name
+        self.runtime = f"ONNX Runtime {ort.__version__}, {provider.removesuffix('ExecutionProvider')}"
         self._path = path
+        self._optimise = optimise
         self._options = session_options(threads, optimise=optimise)
         self._providers = list(dict.fromkeys((provider, CPU)))
         self._tensors = stored_tensors(onnx.load(path), path)
         self._session = ort.InferenceSession(path, self._options, providers=self._providers)
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that is asked first: the wanted one, or the CPU where that is not to be had."""
+        return str(self._session.get_providers()[0])
 
     def logits(self, images: Images) -> Logits:
         """Scores [n, classes]; of integer logits their real values."""
@@ -64,6 +72,10 @@ class OnnxRunner:
         shown = [tensor.onnx for tensor in self._tensors if tensor.onnx != INPUT]
         stored = dict(zip(shown, self._layer_session.run(shown, {INPUT: images}), strict=True))
         return {tensor.name: tensor.codes(stored.get(tensor.onnx, images)) for tensor in self._tensors}
+
+    def executes(self) -> Fusion:
+        """What the runtime makes of the file."""
+        return fusion(onnx.load(self._path), optimise=self._optimise, providers=self._providers)
 
     @cached_property
     def _layer_session(self) -> ort.InferenceSession:
@@ -80,17 +92,30 @@ def with_layer_outputs(model: onnx.ModelProto, tensors: list[StoredTensor]) -> o
     return model
 
 
-def fusion(model: onnx.ModelProto) -> Fusion:
+def fusion(model: onnx.ModelProto, *, optimise: bool = True, providers: Sequence[str] = (CPU,)) -> Fusion:
     """What ONNX Runtime makes of a model on this machine, read from the optimized model it writes."""
     with tempfile.TemporaryDirectory() as directory:
-        options = session_options(None, optimise=True)
+        options = session_options(None, optimise=optimise)
         options.optimized_model_filepath = str(Path(directory) / "optimized.onnx")
-        ort.InferenceSession(model.SerializeToString(), options, providers=[CPU])
+        ort.InferenceSession(model.SerializeToString(), options, providers=list(providers))
         optimized = onnx.load(options.optimized_model_filepath)
     nodes = optimized.graph.node
+    integers = _integer_tensors(optimized)
     # Logits stored in 8 bits are read by a last DequantizeLinear, which is the output format and not a float layer.
-    in_float = [node.name for node in nodes if node.op_type in _FLOAT_OPERATORS and OUTPUT not in _outputs_of_dequantize(node)]
+    in_float = [
+        node.name
+        for node in nodes
+        if node.op_type in _FLOAT_OPERATORS and OUTPUT not in _outputs_of_dequantize(node) and not integers & set(node.output)
+    ]
     return Fusion(dict(sorted(Counter(node.op_type for node in nodes).items())), tuple(in_float))
+
+
+def _integer_tensors(model: onnx.ModelProto) -> set[str]:
+    """Outputs of arithmetic on integers (the target onnx-int), which QuantizeLinear is not."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
+    computed = {name for node in inferred.node if node.op_type != "QuantizeLinear" for name in node.output}
+    return {name for name in computed if kinds.get(name) in (onnx.TensorProto.INT32, onnx.TensorProto.UINT32)}
 
 
 def lacks_vnni(machine: str, cpuinfo: str) -> bool:

@@ -14,19 +14,18 @@ from onnx import TensorProto
 
 from edgeft.artifact import Artifact, atomic_write
 from edgeft.errors import UnsupportedError
-from edgeft.export import ExportResult
+from edgeft.export import ExportResult, Runtime
 from edgeft.export import trt_check as builder
 from edgeft.export.agreement import check_float_agreement
 from edgeft.export.onnx_nodes import INPUT, artifact_metadata, assemble
 from edgeft.export.ort_runner import OnnxRunner
-from edgeft.export.runtimes import in_openvino
+from edgeft.export.runtimes import in_openvino, on_gpu
 from edgeft.export.signed import is_signed, signed_graph
 from edgeft.export.trt_lint import check_lint
 from edgeft.export.trt_writer import TrtWriter
 from edgeft.export.verify import verify_samples
 from edgeft.graph import IntegerGraph
 from edgeft.interpret import Interpreter
-from edgeft.runner import LayerRunner
 
 OPSET, IR_VERSION = 17, 8
 FILE, SCRIPT = "model.onnx", builder.SCRIPT
@@ -85,9 +84,9 @@ class TrtTarget:
         """Open `<out>/model.onnx` in ONNX Runtime, node by node: what it computes in float is exact, but slow."""
         return OnnxRunner(out / FILE, threads, optimise=False, name=NAME)
 
-    def runtimes(self, out: Path) -> list[LayerRunner]:
-        """ONNX Runtime and, where it is installed, OpenVINO. An engine is verified by build_engine.py, on the device."""
-        return [self.load(out), *in_openvino(out / FILE, "trt")]
+    def runtimes(self, out: Path) -> list[Runtime]:
+        """ONNX Runtime, on a GPU through TensorRT as well where there is one, and OpenVINO; build_engine.py verifies the engine itself."""
+        return [self.load(out), *in_openvino(out / FILE, "trt"), *on_gpu(out / FILE, "trt", "Tensorrt")]
 
 
 NAME = "trt (in ONNX Runtime)"
