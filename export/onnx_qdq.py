@@ -34,8 +34,9 @@ _FUSED = {Conv: "QLinearConv", GlobalPool: "QLinearConv", Linear: "QGemm", Add: 
 def build_model(graph: IntegerGraph, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
     """The checked ONNX model: input "images" uint8 [batch, 3, height, width], output "logits" float32 [batch, classes].
 
-    Raises UnsupportedError naming the layer that float32 rescaling could not reproduce.
+    Raises UnsupportedError naming the layer that float32 rescaling could not reproduce, or that adds accumulators.
     """
+    _check_residual(graph)
     check_float_agreement(graph)
     writer = Writer(graph)
     for op in graph.ops:
@@ -90,6 +91,15 @@ class OnnxTarget:
 
 
 TARGET = OnnxTarget()
+
+
+def _check_residual(graph: IntegerGraph) -> None:
+    for op in graph.ops:
+        if isinstance(op, Add) and graph.wide_operand(op) is not None:
+            raise UnsupportedError(
+                f"layer '{op.output}' adds accumulators (residual mode wide), which ONNX Runtime computes in float",
+                "export it to the targets trt and onnx-int, or train with --set quant.residual=branch",
+            )
 
 
 def _probe() -> IntegerGraph:

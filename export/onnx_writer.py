@@ -27,6 +27,9 @@ from edgeft.graph import (
 )
 from edgeft.interpret import image_offset
 
+FEW, MOST_PARTS = 16, 64
+"""Channels below which a pixel-wise convolution is split, and the most parts of a channel: 64 was the fastest of 16, 64 and 112."""
+
 
 class Writer(Nodes):
     """Nodes and initializers, op by op. Tensor t becomes "t/codes" (bytes) and, where something reads it, "t/real"."""
@@ -35,18 +38,21 @@ class Writer(Nodes):
         super().__init__()
         self.graph = graph
         self._zero_points = zero_points(graph)
+        self._producers = {op.output: op for op in graph.ops}
         self._real: dict[str, str] = {}
 
     def write(self, op: Op) -> None:
         """Append the nodes of one op."""
         match op:
+            case Conv() if (parts := self._parts(op)) > 1:
+                self._conv_of_few_channels(op, parts)
             case Conv():
                 shape = window(self.graph.constants[op.weight].shape[2:], op.stride, op.padding, dilations=op.dilation)
-                self._compute("Conv", op, [self._read(op.input), *self._weights(op)], relu=op.relu, group=op.groups, **shape)
+                self._compute("Conv", op, [self._factor(op), *self._weights(op)], relu=op.relu, group=op.groups, **shape)
             case Linear():
-                self._compute("Gemm", op, [self._read(op.input), *self._weights(op)], relu=op.relu, transB=1)
+                self._compute("Gemm", op, [self._factor(op), *self._weights(op)], relu=op.relu, transB=1)
             case Add():
-                self._compute("Add", op, [self._read(op.left), self._read(op.right)], relu=op.relu)
+                self._compute("Add", op, [self._summand(op.left), self._summand(op.right)], relu=op.relu)
             case Mul():
                 self._compute("Mul", op, [self._read(op.left), self._read(op.right)], relu=False)
             case GlobalPool():
@@ -81,9 +87,59 @@ class Writer(Nodes):
     def _read(self, name: str) -> str:
         """The real values of a tensor: one DequantizeLinear, shared by its readers."""
         if name not in self._real:
-            step, zero = self._step(name), self.constant(f"{name}/zero", np.uint8(self._zero_points[name]))
-            self._real[name] = self.node("DequantizeLinear", [self._codes(name), step, zero], f"{name}/real")
+            self._real[name] = self.node("DequantizeLinear", [self._codes(name), *self._grid(name)], f"{name}/real")
         return self._real[name]
+
+    def _factor(self, op: Conv | Linear | GlobalPool) -> str:
+        """What a layer reads. From a table or an enlargement OpenVINO would take the codes as floats; read again (below) they are int8."""
+        source = op.input
+        while isinstance(maker := self._producers.get(source), Move) and not isinstance(maker, Resize):
+            source = op_inputs(maker)[0]
+        from_table = isinstance(maker, Lookup | Resize) and self._zero_points[op.input] != 0
+        return self._again(op.input, f"{op.output}/again") if from_table else self._read(op.input)
+
+    def _summand(self, name: str) -> str:
+        """What an addition reads. OpenVINO computes a convolution together with the addition that alone reads it.
+
+        It then leaves out the rounding in between if there is one pair of Q and DQ, but not if there are two (or, with zero point 0,
+        where it would remove the second, a cast to integers and back). ONNX Runtime drops either.
+        """
+        if not isinstance(self._producers.get(name), Conv | GlobalPool) or len(self.graph.consumers[name]) != 1:
+            return self._read(name)
+        if self._zero_points[name]:
+            return self._again(name, f"{name}/summand")
+        wider = self.node("Cast", [self._codes(name)], f"{name}/wider", to=TensorProto.INT32)
+        same = self.node("Cast", [wider], f"{name}/same", to=TensorProto.UINT8)
+        return self.node("DequantizeLinear", [same, *self._grid(name)], f"{name}/real")
+
+    def _again(self, name: str, place: str) -> str:
+        """The real values of a tensor, quantized and dequantized once more: the same numbers. For one reader only."""
+        first = self.node("DequantizeLinear", [self._codes(name), *self._grid(name)], f"{place}/first")
+        codes = self.node("QuantizeLinear", [first, *self._grid(name)], f"{place}/codes")
+        return self.node("DequantizeLinear", [codes, *self._grid(name)], f"{place}/real")
+
+    def _grid(self, name: str) -> list[str]:
+        """Scale and zero point of a tensor."""
+        return [self._step(name), self.constant(f"{name}/zero", np.uint8(self._zero_points[name]))]
+
+    def _parts(self, op: Conv) -> int:
+        """Into how many channels each channel of a pixel-wise convolution is split so that a runtime fills its vectors; 1: as it is."""
+        channels, rows, columns = self.graph.tensors[op.input].shape
+        fmt = self.graph.format(op.output)
+        fills_byte = fmt.width == 8 and (fmt.signed or self._zero_points[op.output] == 0) and not (fmt.signed and op.relu)
+        pixelwise = op.groups == channels == len(self.graph.constants[op.weight]) < FEW and op.stride == (1, 1) and not any(op.padding)
+        if not (pixelwise and fills_byte and self.graph.constants[op.weight].shape[2:] == (1, 1)):
+            return 1
+        return max(parts for parts in range(1, MOST_PARTS + 1) if rows * columns % parts == 0)
+
+    def _conv_of_few_channels(self, op: Conv, parts: int) -> None:
+        """A depthwise 1x1 convolution (of the image, mostly) on `parts` times as many channels with as many times fewer pixels."""
+        channels, rows, columns = self.graph.tensors[op.input].shape
+        spread = self.reshape(self._codes(op.input), (-1, channels * parts, rows * columns // parts, 1), f"{op.output}/spread")
+        real = self.node("DequantizeLinear", [spread, *self._grid(op.input)], f"{op.output}/spread/real")
+        result = self.node("Conv", [real, *self._weights(op, parts)], f"{op.output}/result", group=channels * parts, kernel_shape=[1, 1])
+        codes = self.node("QuantizeLinear", [result, *self._grid(op.output)], f"{op.output}/bytes")
+        self.reshape(codes, (-1, channels, rows, columns), self._codes(op.output))
 
     def _compute(self, operator: str, op: Op, inputs: list[str], *, relu: bool, **attributes: Any) -> None:
         """A float operator between Q and DQ; a 32-bit result stays float, its real values are the accumulators times their step."""
@@ -93,11 +149,10 @@ class Writer(Nodes):
             return
         result = self.node(operator, inputs, f"{op.output}/result", **attributes)
         zero_point = self._zero_points[op.output]
-        zero = self.constant(f"{op.output}/zero", np.uint8(zero_point))
         lowest, highest = max(fmt.min_code, 0) if relu else fmt.min_code, fmt.max_code
         saturates = (lowest + zero_point, highest + zero_point) == (0, 255)
         bytes_name = self._codes(op.output) if saturates else f"{op.output}/bytes"
-        self.node("QuantizeLinear", [result, self._step(op.output), zero], bytes_name)
+        self.node("QuantizeLinear", [result, *self._grid(op.output)], bytes_name)
         if not saturates:  # an integer Clip keeps the operator fused, a float one would not
             bounds = [self.constant(f"{op.output}/{n}", np.uint8(c + zero_point)) for n, c in (("low", lowest), ("high", highest))]
             self.node("Clip", [bytes_name, *bounds], self._codes(op.output))
@@ -107,7 +162,7 @@ class Writer(Nodes):
         channels, rows, columns = self.graph.tensors[op.input].shape
         ones = np.ones((channels, 1, rows, columns), np.int8)
         weight = self._dequantized(f"{op.output}/ones", ones, (op.divisor_log2,))
-        self._compute("Conv", op, [self._read(op.input), weight], relu=False, group=channels, kernel_shape=[rows, columns])
+        self._compute("Conv", op, [self._factor(op), weight], relu=False, group=channels, kernel_shape=[rows, columns])
 
     def _lookup(self, op: Lookup) -> None:
         """Eq. 18 on bytes, as one flat list: of the exact forms in ONNX Runtime the fastest, several times faster than Gather."""
@@ -161,11 +216,12 @@ class Writer(Nodes):
             sources = [self._codes(name) for name in op_inputs(op)]
             self.node(operator, [*sources, *(more or [])], self._codes(op.output), **attributes)
 
-    def _weights(self, op: Conv | Linear) -> list[str]:
+    def _weights(self, op: Conv | Linear, times: int = 1) -> list[str]:
         """Weight and bias as integers with their exact steps: a float bias would be quantized again by the runtime."""
-        weight, bias = self.graph.constants[op.weight], self.graph.constants[op.bias]
-        bias_frac = tuple(frac + self.graph.format(op.input).frac for frac in op.weight_frac)
-        return [self._dequantized(f"{op.output}/weight", weight, op.weight_frac), self._dequantized(f"{op.output}/bias", bias, bias_frac)]
+        weight, bias = (self.graph.constants[name].repeat(times, axis=0) for name in (op.weight, op.bias))
+        weight_frac = op.weight_frac if len(op.weight_frac) == 1 else tuple(np.repeat(op.weight_frac, times).tolist())
+        bias_frac = tuple(frac + self.graph.format(op.input).frac for frac in weight_frac)
+        return [self._dequantized(f"{op.output}/weight", weight, weight_frac), self._dequantized(f"{op.output}/bias", bias, bias_frac)]
 
     def _dequantized(self, name: str, codes: NDArray[Any], frac: tuple[int, ...]) -> str:
         """An integer constant and its DequantizeLinear, per tensor or along axis 0."""

@@ -40,6 +40,7 @@ class TrtWriter(Nodes):
     def __init__(self, graph: IntegerGraph) -> None:
         super().__init__()
         self.graph = graph
+        self._producers = {op.output: op for op in graph.ops}
         self._real: dict[str, str] = {}
         self._image()
 
@@ -52,7 +53,7 @@ class TrtWriter(Nodes):
             case Linear():
                 self._compute("Gemm", op, [self._read(op.input), *self._weights(op)], relu=op.relu, transB=1)
             case Add():
-                self._compute("Add", op, [self._read(op.left), self._read(op.right)], relu=op.relu)
+                self._compute("Add", op, [self._summand(op.left), self._summand(op.right)], relu=op.relu)
             case Mul():
                 self._compute("Mul", op, [self._read(op.left), self._read(op.right)], relu=False)
             case GlobalPool():
@@ -98,6 +99,19 @@ class TrtWriter(Nodes):
             inputs = [f"{name}/codes", self._step(name), self._zero(name)]
             self._real[name] = self.node("DequantizeLinear", inputs, f"{name}/real")
         return self._real[name]
+
+    def _summand(self, name: str) -> str:
+        """What an addition reads: accumulators, or codes that are rounded.
+
+        OpenVINO would compute a convolution together with the addition that alone reads it, and leave out the rounding in between; a cast
+        to integers and back keeps it there. TensorRT makes the same kernels with it and without it.
+        """
+        alone = isinstance(self._producers.get(name), Conv | GlobalPool) and len(self.graph.consumers[name]) == 1
+        if self.graph.format(name).width > 8 or not alone:
+            return self._read(name)
+        wider = self.node("Cast", [f"{name}/codes"], f"{name}/wider", to=TensorProto.INT32)
+        same = self.node("Cast", [wider], f"{name}/same", to=TensorProto.INT8)
+        return self.node("DequantizeLinear", [same, self._step(name), self._zero(name)], f"{name}/real")
 
     def _compute(self, operator: str, op: Op, inputs: list[str], *, relu: bool, **attributes: Any) -> None:
         """A float operator, its ReLU, and Q. A 32-bit result stays float: its real values are the accumulators times their step."""

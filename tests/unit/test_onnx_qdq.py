@@ -16,6 +16,7 @@ from edgeft.export.onnx_nodes import AVX2_PRECISION_KEY, TENSORS_KEY, StoredTens
 from edgeft.export.onnx_qdq import OPSET, TARGET, build_model, check_fusion
 from edgeft.export.ort_runner import Fusion, OnnxRunner, fusion, lacks_vnni, with_layer_outputs
 from edgeft.export.verify import verify
+from edgeft.fixedpoint import FixedPointFormat
 from edgeft.graph import IntegerGraph, Profile
 from edgeft.interpret import Interpreter
 from tests.graphs import GraphBuilder, random_images, residual_net
@@ -82,7 +83,7 @@ def test_the_file_is_what_the_readme_says() -> None:
         assert batch.dim_param == "batch"
         assert [size.dim_value for size in sizes] == rest
     assert {node.op_type for node in model.graph.node} == {
-        "Add", "Conv", "DequantizeLinear", "Flatten", "Gemm", "MaxPool", "QuantizeLinear",
+        "Add", "Cast", "Conv", "DequantizeLinear", "Flatten", "Gemm", "MaxPool", "QuantizeLinear",
     }  # fmt: skip
     stored = metadata(model)
     assert stored["session.x64quantprecision"] == "1"
@@ -117,15 +118,48 @@ def test_a_net_that_ends_in_8_bits_or_flattens_its_logits_is_exact(tmp_path: Pat
     assert verify(Interpreter(graph), OnnxRunner(save(graph, tmp_path / "flat.onnx"), 1), random_images(graph, 5)) == 5
 
 
-def test_openvino_gives_the_same_logits_without_residual_additions(tmp_path: Path) -> None:
-    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
-    b = GraphBuilder(2, (3, 12, 12))
-    x = b.max_pool(b.conv("image", 8, stride=(2, 2), padding=(0, 0, 1, 1)))
-    graph = b.head(b.conv(b.conv(b.conv(x, 8, groups=8), 12, (1, 1), relu=False), 16), 5)
-    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(str(save(graph, tmp_path / "model.onnx")), "CPU", settings)
-    images = random_images(graph, 16)
-    assert np.array_equal(compiled({"images": images})["logits"], Interpreter(graph).logits(images))
+def tables_and_moves(profile: Profile, seed: int) -> IntegerGraph:
+    """A table before an addition, a gate, a choice, an enlargement, a concatenation and a table before a convolution."""
+    b = GraphBuilder(seed, (3, 12, 12), profile=profile, per_channel=bool(seed % 2))
+    x = b.max_pool(b.conv("image", 8))
+    x = b.add(x, b.conv(b.lookup(x), 8))
+    gate = b.lookup(b.conv(b.global_pool(x), 8, (1, 1), relu=False), FixedPointFormat(8, 8 if profile == "u8" else 7, profile == "s8"))
+    x = b.resize(b.select(b.mul(x, gate), (3, 1, 0, 2)), (2, 2))
+    x = b.conv(b.concat(x, b.select(x, (1, 2))), 8, relu=False)
+    return b.head(b.conv(b.lookup(x), 8), 5)
+
+
+@pytest.mark.parametrize("profile", ["u8", "s8"])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("net", ["residual", "tables"])
+def test_openvino_gives_the_same_logits(net: str, seed: int, profile: Profile, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    from edgeft.export.openvino_runner import OpenVinoRunner
+
+    graph = tables_and_moves(profile, seed) if net == "tables" else residual_net(seed, profile=profile, per_channel=bool(seed))
+    path, images = save(graph, tmp_path / "model.onnx"), random_images(graph, 16)
+    check_fusion(graph, fusion(onnx.load(path)))
+    expected = Interpreter(graph).logits(images)
+    runner = OpenVinoRunner(path, 1)
+    np.testing.assert_array_equal(runner.logits(images), expected)  # of the file as it is: showing tensors changes what is fused
+    np.testing.assert_array_equal(OnnxRunner(path, 1).logits(images), expected)
+    assert verify(Interpreter(graph), runner, images) == 16
+    if net == "residual":
+        found = runner.executes()
+        assert (found.operators["Convolution"], found.operators["FullyConnected"], found.in_float) == (7, 1, ())
+
+
+@pytest.mark.parametrize("fmt", ["s8.7", "u8.7"])
+def test_a_pixelwise_layer_of_few_channels_is_spread_over_many(fmt: str, tmp_path: Path) -> None:
+    for per_channel in (False, True):
+        b = GraphBuilder(1, (3, 10, 12), per_channel=per_channel)
+        x = b.conv("image", 3, (1, 1), groups=3, relu=fmt[0] == "u", fmt=FixedPointFormat.parse(fmt))
+        graph = b.head(b.conv(x, 8), 3)
+        model = build_model(graph)
+        spread = next(node for node in model.graph.node if node.name == f"{x}/Conv")
+        assert {each.name: each.i for each in spread.attribute if each.name == "group"} == {"group": 3 * 60}
+        check_fusion(graph, fusion(model))
+        assert verify(Interpreter(graph), OnnxRunner(save(graph, tmp_path / "model.onnx"), 1), random_images(graph, 5)) == 5
 
 
 def test_export_writes_verifies_and_reports(tmp_path: Path) -> None:
