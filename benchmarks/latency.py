@@ -1,4 +1,4 @@
-"""Suite ort-latency: the exported ONNX file against ONNX Runtime's float32 and its own static quantization of the same net."""
+"""Suite ort-latency: the exported ONNX file against float32 and ONNX Runtime's static quantization of the same net, also in OpenVINO."""
 
 import tempfile
 import time
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import torch
 from numpy.typing import NDArray
 
@@ -19,8 +20,10 @@ from edgeft.artifact import Artifact
 from edgeft.checkpoint import restore
 from edgeft.config import Config, ModelConfig
 from edgeft.data.preprocess import Preprocessing
+from edgeft.errors import VerificationError
 from edgeft.export.onnx_nodes import INPUT
 from edgeft.export.onnx_qdq import build_model
+from edgeft.export.openvino_runner import OpenVinoRunner
 from edgeft.export.ort_runner import OnnxRunner
 from edgeft.export.verify import verify
 from edgeft.graph import IntegerGraph
@@ -34,7 +37,8 @@ SUITE = "ort-latency"
 OURS, FLOAT, PEER = "edgeft", "fp32", "ORT static int8"
 BATCH = 1
 N_VERIFIED, N_CALIBRATION = 16, 32
-COLUMNS = ("net", "model", "median ms", "p95 ms", "speed against fp32", "kB")
+RUNTIMES = ("ONNX Runtime", "OpenVINO")
+COLUMNS = ("net", "model", "runtime", "median ms", "p95 ms", "speed against fp32", "time against static int8", "kB")
 
 Call = Callable[[], object]
 
@@ -82,7 +86,13 @@ def measure(subject: Subject, *, n_rounds: int, n_calls: int, threads: int, fold
     difference = check_float_peer(subject.classifier, files[FLOAT], subject.images[:N_VERIFIED])
     inputs = normalised(subject.classifier, subject.images)
     quantized_peer(files[FLOAT], files[PEER], inputs)
-    calls = {name: _call(file, subject.images[:BATCH] if name == OURS else inputs[:BATCH], threads) for name, file in files.items()}
+    _verify_in_openvino(subject, files[OURS])
+    openers = dict(zip(RUNTIMES, (_call, _openvino_call), strict=True))
+    calls = {
+        f"{name} in {runtime}": openers[runtime](file, subject.images[:BATCH] if name == OURS else inputs[:BATCH], threads)
+        for name, file in files.items()
+        for runtime in RUNTIMES
+    }
     return {
         "net": subject.label, "origin": subject.origin, "normalises": IMAGE_NORM in subject.graph.tensors,
         "verified_images": n_verified, "float_peer_difference": difference,
@@ -90,10 +100,23 @@ def measure(subject: Subject, *, n_rounds: int, n_calls: int, threads: int, fold
     }  # fmt: skip
 
 
+def _verify_in_openvino(subject: Subject, file: Path) -> None:
+    images = subject.images[:N_VERIFIED]
+    differing = int((OpenVinoRunner(file).logits(images) != Interpreter(subject.graph).logits(images)).sum())
+    if differing:
+        raise VerificationError(f"{subject.label}: {differing} logits of the exported file differ in OpenVINO")
+
+
 def _call(file: Path, batch: NDArray[Any], threads: int) -> Call:
     opened = session(file, threads)
     feed = {opened.get_inputs()[0].name: batch}
     return lambda: opened.run(None, feed)
+
+
+def _openvino_call(file: Path, batch: NDArray[Any], threads: int) -> Call:
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(file, "CPU", settings).create_infer_request()
+    return lambda: request.infer([batch], share_inputs=True)
 
 
 def time_rounds(calls: dict[str, Call], n_rounds: int, n_calls: int) -> dict[str, list[list[float]]]:
@@ -118,13 +141,17 @@ def _timed(call: Call, n: int) -> list[float]:
 
 
 def rows_of(record: dict[str, Any]) -> list[tuple[str | float, ...]]:
-    """Table rows of one net: median and p95 over all calls; the speed is the median over the rounds of the ratio of round medians."""
+    """Table rows of one net: median and p95 over all calls; ratios, to the peers in the same runtime, are medians over the rounds."""
     rows: list[tuple[str | float, ...]] = []
     medians = {name: np.median(rounds, axis=1) for name, rounds in record["rounds_ms"].items()}
-    for name, rounds in record["rounds_ms"].items():
-        speed = float(np.median(medians[FLOAT] / medians[name]))
+    for label, rounds in record["rounds_ms"].items():
+        name, _, runtime = label.rpartition(" in ")
         median, p95 = float(np.median(rounds)), float(np.percentile(rounds, 95))
-        rows.append((record["net"], name, round(median, 3), round(p95, 3), round(speed, 2), round(record["file_bytes"][name] / 1000)))
+        against = [float(np.median(medians[label] / medians[f"{peer} in {runtime}"])) for peer in (FLOAT, PEER)]
+        rows.append((
+            record["net"], name, runtime, round(median, 3), round(p95, 3), round(1 / against[0], 2), round(against[1], 3),
+            round(record["file_bytes"][name] / 1000),
+        ))  # fmt: skip
     return rows
 
 
@@ -141,15 +168,17 @@ def run(subjects: Sequence[Callable[[], Subject]], out: Path, *, n_rounds: int, 
     difference = max(record["float_peer_difference"] for record in records)
     notes = [
         f"Batch {BATCH}, {n_rounds} interleaved rounds in random order of {n_calls} calls each after {n_calls} untimed ones; median and "
-        f"p95 over all calls, speed is the median over rounds of the ratio within a round. Load at start {machine.load}.",
-        f"Every exported model was first compared with the interpreter: all tensors of {n_verified} images, 0 differing codes.",
+        "p95 over all calls; ratios are to the peers in the same runtime, medians over rounds of the ratio within a round. Load at start "
+        f"{machine.load}.",
+        f"Every exported model was first compared with the interpreter: all tensors of {n_verified} images, 0 differing codes, "
+        "and its logits in OpenVINO.",
         f"fp32 is the same net with batch norm folded, equal to PyTorch within {difference:.0e} of the largest score.",
         "ORT static int8 is onnxruntime.quantization.quantize_static of it (QDQ, per channel, U8S8, min-max).",
         f"edgeft takes '{INPUT}' as bytes{_normalising(records)}; the other two are given normalised floats and are not charged for that.",
         f"Weights: {origins}; time does not depend on them.",
     ]  # fmt: skip
     return write(
-        out, machine, suite=SUITE, title="Latency on ONNX Runtime", columns=COLUMNS,
+        out, machine, suite=SUITE, title="Latency in ONNX Runtime and OpenVINO", columns=COLUMNS,
         rows=[row for record in records for row in rows_of(record)], notes=notes,
         options={"batch": BATCH, "rounds": n_rounds, "calls": n_calls, "threads": threads, "warm_up_calls": n_calls},
         n={"rounds": n_rounds, "calls": n_rounds * n_calls}, measurements=records,

@@ -110,7 +110,8 @@ def run(cases: Sequence[Case], out: Path, *, n: int, progress: Progress) -> Path
     ]
     file = write(
         out, machine, suite=SUITE, title="Export targets, code for code", columns=COLUMNS,
-        rows=[row for each in records for row in rows_of(each)], notes=notes, options={"n": n, "seed": 0, "forms": [form.label for form in FORMS]}, n={"images": n}, measurements=records,
+        rows=[row for each in records for row in rows_of(each)], notes=notes,
+        options={"n": n, "seed": 0, "forms": [form.label for form in FORMS]}, n={"images": n}, measurements=records,
     )  # fmt: skip
     wrong = [f"{r['net']}: {r['target']}" for r in records if not r["checked"][0]["exact"]]
     if wrong:

@@ -172,20 +172,27 @@ def test_the_quantized_peer_is_close_to_the_float_one(micro: Classifier, tmp_pat
 def test_latency_of_random_weights(tmp_path: Path) -> None:
     file = latency.run([partial(latency.random_subject, MICRO)], tmp_path, n_rounds=2, n_calls=3, threads=1, progress=SILENT)
     result, tree = read(file)
-    assert [row[:2] for row in result.rows] == [("edgeft_micro 48 px", name) for name in ("edgeft", "fp32", "ORT static int8")]
-    assert all(isinstance(value, float) and value > 0 for row in result.rows for value in row[2:5])
-    assert result.rows[1][4] == 1.0
-    assert np.shape(tree["measurements"][0]["rounds_ms"]["edgeft"]) == (2, 3)
+    models, runtimes = ("edgeft", "fp32", "ORT static int8"), ("ONNX Runtime", "OpenVINO")
+    assert [row[:3] for row in result.rows] == [("edgeft_micro 48 px", name, runtime) for name in models for runtime in runtimes]
+    assert all(isinstance(value, float) and value > 0 for row in result.rows for value in row[3:7])
+    assert (result.rows[2][5], result.rows[4][6]) == (1.0, 1.0)
+    assert np.shape(tree["measurements"][0]["rounds_ms"]["edgeft in OpenVINO"]) == (2, 3)
     assert tree["measurements"][0]["verified_images"] == latency.N_VERIFIED
     assert any(note.startswith("edgeft takes 'images' as bytes") for note in result.notes)
 
 
 def test_speed_is_the_median_of_ratios_within_rounds() -> None:
     record = {
-        "net": "n", "rounds_ms": {"edgeft": [[1.0, 1.0], [2.0, 2.0], [10.0, 10.0]], "fp32": [[2.0, 2.0], [6.0, 6.0], [10.0, 10.0]]},
-        "file_bytes": {"edgeft": 1000, "fp32": 4000},
+        "net": "n", "file_bytes": {"edgeft": 1000, "fp32": 4000, "ORT static int8": 2000},
+        "rounds_ms": {
+            "edgeft in A": [[1.0, 1.0], [2.0, 2.0], [10.0, 10.0]], "fp32 in A": [[2.0, 2.0], [6.0, 6.0], [10.0, 10.0]],
+            "ORT static int8 in A": [[1.0, 1.0], [4.0, 4.0], [8.0, 8.0]],
+        },
     }  # fmt: skip
-    assert latency.rows_of(record) == [("n", "edgeft", 2.0, 10.0, 2.0, 1), ("n", "fp32", 6.0, 10.0, 1.0, 4)]
+    assert latency.rows_of(record) == [
+        ("n", "edgeft", "A", 2.0, 10.0, 2.0, 1.0, 1), ("n", "fp32", "A", 6.0, 10.0, 1.0, 1.5, 4),
+        ("n", "ORT static int8", "A", 4.0, 8.0, 1.5, 1.0, 2),
+    ]  # fmt: skip
 
 
 # --- train-throughput ------------------------------------------------------------------------------------------------------
