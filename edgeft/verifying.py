@@ -120,11 +120,14 @@ def check(
         shown = _Shown(reference, part)
         for checked, runner in zip(found, runners, strict=True):
             for difference in compare(shown, runner, part):
-                _add(checked, difference)
+                _add(checked, difference, difference.of // len(part) * len(images))
             checked.logits_differ += int((shown.logits(part) != runner.logits(part)).any(axis=1).sum())
             checked.images += len(part)
             checked.codes += shown.size
         advance(len(part))
+    order = [graph.input, *(op.output for op in graph.ops)]
+    for checked in found:  # what comes first in the network may have differed first in a later batch
+        checked.differing = {name: checked.differing[name] for name in order if name in checked.differing}
     return found, reference.ties
 
 
@@ -153,11 +156,13 @@ def _exports(path: Path, targets: Sequence[str]) -> list[Artifact]:
     missing = [name for name in targets if name not in there]
     if missing or not there:
         what = f"export to '{missing[0]}'" if missing else "export"
-        raise ArtifactError(f"the run '{path}' has no {what}; it has {', '.join(there) or 'none'}", f"edgeft export {path} --target onnx")
+        hint = f"edgeft export {path} --target {missing[0] if missing else 'onnx'}"
+        raise ArtifactError(f"the run '{path}' has no {what}; it has {', '.join(there) or 'none'}", hint)
     found = [Artifact.load(artifact.path / "export" / name) for name in targets or there]
     for export in found:
         if export.manifest.parent != artifact.digest:
-            raise ArtifactError(f"'{export.path}' was exported from another run than '{path}'", f"edgeft export {path} makes it again")
+            hint = f"edgeft export {path} --target {export.path.name} makes it again"
+            raise ArtifactError(f"'{export.path}' was exported from another run than '{path}'", hint)
     return found
 
 
@@ -185,8 +190,7 @@ class _Shown:
         return self._logits
 
 
-def _add(checked: Checked, new: LayerDifference) -> None:
-    old = checked.differing.get(new.layer)
-    of = new.of if old is None else old.of + new.of
-    before = (0, 0) if old is None else (old.differing, old.largest)
-    checked.differing[new.layer] = LayerDifference(new.layer, before[0] + new.differing, max(before[1], new.largest), of)
+def _add(checked: Checked, new: LayerDifference, of: int) -> None:
+    """Count what differs in one batch; `of` is the number of the layer's codes for all images."""
+    old = checked.differing.get(new.layer, LayerDifference(new.layer, 0, 0, of))
+    checked.differing[new.layer] = LayerDifference(new.layer, old.differing + new.differing, max(old.largest, new.largest), of)

@@ -56,6 +56,8 @@ def adversarial_images(graph: IntegerGraph, seed: int) -> Images:
     for op in graph.consumers[graph.input]:
         if isinstance(op, Conv):
             found += _extremal(graph, op) + _ties(graph, op, np.random.default_rng(seed))
+            behind = graph.consumers[op.output] if _pixelwise(graph, op) else ()
+            found += [image for reader in behind if isinstance(reader, Conv) for image in _extremal(graph, reader)]
     return np.stack(found).astype(np.uint8)
 
 
@@ -73,6 +75,12 @@ def random_images(graph: IntegerGraph, golden: Images, n: int, seed: int) -> Ima
             near = golden[rng.integers(len(golden))].astype(np.int64) + rng.integers(-JITTER, JITTER + 1, shape)
             found[index] = near.clip(0, 255)
     return found
+
+
+def _pixelwise(graph: IntegerGraph, op: Conv) -> bool:
+    """Whether a layer only scales each byte, so that the one behind it sums up what the image says."""
+    weight = graph.constants[op.weight]
+    return weight.shape == (op.groups, 1, 1, 1) and bool((weight > 0).all()) and op.stride == (1, 1) and not any(op.padding)
 
 
 def _plain(shape: tuple[int, ...], colour: NDArray[np.int64] | tuple[int, ...]) -> NDArray[np.int64]:

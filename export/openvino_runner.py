@@ -27,7 +27,7 @@ class OpenVinoRunner:
     def __init__(self, path: Path, threads: int | None = None, *, name: str = "onnx (in OpenVINO)") -> None:
         """Open a file. Raises ArtifactError when it is missing or was not written by edgeft."""
         if not path.is_file():
-            raise ArtifactError(f"'{path}' does not exist", "edgeft export RUN")
+            raise ArtifactError(f"'{path}' does not exist", f"edgeft export RUN --target {name.partition(' ')[0]}")
         self.name = name
         self.runtime = f"OpenVINO {openvino.__version__.partition('-')[0]}, CPU"
         self._model = onnx.load(path)

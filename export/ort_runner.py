@@ -44,7 +44,7 @@ class OnnxRunner:
     def __init__(self, path: Path, threads: int | None = None, *, optimise: bool = True, name: str = "onnx", provider: str = CPU) -> None:
         """Open a file. Raises ArtifactError when it is missing or was not written by edgeft."""
         if not path.is_file():
-            raise ArtifactError(f"'{path}' does not exist", "edgeft export RUN --target onnx")
+            raise ArtifactError(f"'{path}' does not exist", f"edgeft export RUN --target {name.partition(' ')[0]}")
         self.name = name
         self.runtime = f"ONNX Runtime {ort.__version__}, {provider.removesuffix('ExecutionProvider')}"
         self._path = path
