@@ -8,7 +8,8 @@ SOURCES := edgeft export kernels tests benchmarks
 
 demo: $(STAMP)
 	$(BIN)/edgeft train-quantize --method lpft --out runs/demo --resume
-	$(BIN)/edgeft export runs/demo --target onnx
+	$(BIN)/edgeft export runs/demo --target onnx --target trt
+	$(BIN)/edgeft verify runs/demo --n 200
 	$(BIN)/edgeft show runs/demo
 
 test: lint

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,11 +75,10 @@ def _export_one(
         lines += [f"       0 differing codes in {len(result.graph.tensors)} tensors on {n} test images", "", render(report)]
     elif dataset is not None:
         lines.append(f"       accuracy not measured: {dataset}")
-    summary["runtimes"] = [
-        {"runner": each.name, "runtime": each.runtime, **dataclasses.asdict(each.executes())} for each in TARGETS.get(name).runtimes(out)
-    ]
     samples = artifact.samples()
     kept = {key: samples[key] for key in ("labels",) if key in samples} | golden(result.graph, samples["images"])
+    summary["runtimes"] = _runtimes(result, samples["images"])
+    lines[len(result.lines) : len(result.lines)] = [_line(row, len(samples["images"])) for row in summary["runtimes"][1:]]
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() and path.name not in DOCUMENTS)
     write_artifact(
         out, kind="exported", config=artifact.manifest.config, seed=artifact.manifest.seed, preprocessing=artifact.manifest.preprocessing,
@@ -87,6 +87,24 @@ def _export_one(
         documents={"graph.json": result.graph.to_json(), "report.json": report.to_json(), "export.json": {"target": name, **summary}},
     )  # fmt: skip
     return ExportResult(result.target, result.path, result.graph, summary, tuple(lines))
+
+
+def _runtimes(result: ExportResult, images: Images) -> list[dict[str, Any]]:
+    """What every runtime at hand executes, and on how many golden images it gives other logits than the interpreter."""
+    expected = Interpreter(result.graph).logits(images)
+    rows = []
+    for runner in TARGETS.get(result.target).runtimes(result.path):
+        differing = int((runner.logits(images) != expected).any(axis=1).sum())
+        about = {"runner": runner.name, "runtime": runner.runtime, "golden_images_that_differ": differing}
+        rows.append(about | dataclasses.asdict(runner.executes()))
+    return rows
+
+
+def _line(row: dict[str, Any], n: int) -> str:
+    """One runtime for people."""
+    differing, in_float = row["golden_images_that_differ"], len(row["in_float"])
+    verdict = "the same logits" if not differing else f"OTHER logits on {differing} of them"
+    return f"       {row['runtime']}: {verdict} on {n} golden images" + (f"; {in_float} operations in float" if in_float else "")
 
 
 def _compare(artifact: Artifact, result: ExportResult, dataset: Dataset, config: Config, progress: Progress) -> int:

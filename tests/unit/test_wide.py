@@ -114,13 +114,13 @@ def test_equation_22_is_sharp() -> None:
 
 def test_sums_that_float32_cannot_hold_are_refused_by_name() -> None:
     graph = addition([127], (12,), skip="s8.-1", out="s8.1", bias=2**25)
-    with pytest.raises(UnsupportedError, match="^layer 'sum': sums with the accumulators of 'wide' may reach") as caught:
+    with pytest.raises(UnsupportedError, match=r"^layer 'sum': sums with the accumulators of 'wide' may reach") as caught:
         check_float_agreement(graph)
     assert caught.value.hint == "lower the weight fraction of 'wide', or train with quant.residual=branch"
 
 
 def test_overflow_of_a_sum_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match="^layer 'sum': its accumulator may overflow 32 bits$"):
+    with pytest.raises(UnsupportedError, match=r"^layer 'sum': its accumulator may overflow 32 bits$"):
         addition([127], (20,), skip="s8.-1")
 
 
