@@ -1,66 +1,29 @@
 """The command line: flags to a configuration, results to stdout, errors to exit codes; nothing else.
 
-Everything that needs torch is imported inside the verb that uses it.
+Everything that needs torch is imported inside the verb that uses it. Verbs that measure and compare are in `cli_measure`.
 """
 
 import errno
-import json
-import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import edgeft.cli_measure
+from edgeft.cli_app import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNABLE, Global, Json, Run, app, as_json, is_main_process, progress
 from edgeft.errors import ConfigError, EdgeftError
 
 if TYPE_CHECKING:
     from edgeft.config import Config
-    from edgeft.progress import Progress
 
-EXIT_FAILED, EXIT_UNABLE, EXIT_INTERRUPTED = 1, 2, 130
+assert edgeft.cli_measure.VERBS  # importing it registers its verbs
+
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 UsageError: Any = typer.BadParameter.__base__
 """Base of typer's complaints about the command line; typer itself exports only its children."""
 
-app = typer.Typer(
-    name="edgeft",
-    help="Fine-tune a timm backbone, train it for 8-bit fixed-point arithmetic, export it exactly, measure it in and out of distribution.",
-    epilog="Both lines run as they stand, offline: edgeft train-quantize --method lpft, then edgeft export --target onnx.",
-    add_completion=False,
-    rich_markup_mode=None,
-    no_args_is_help=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-)
-
-
-@dataclass
-class Global:
-    """Options before the verb."""
-
-    debug: bool = False
-
-
-def _version(given: bool) -> None:
-    if given:
-        from edgeft import __version__
-
-        print(f"edgeft {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _global(
-    context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")] = False,
-) -> None:
-    context.obj.debug = debug
-
-
-Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
-Run = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="run directory; default: the latest finished one in runs/")]
+__all__ = ["app", "main"]
 
 
 @app.command("train-quantize")
@@ -104,7 +67,7 @@ def train_quantize(
     }  # fmt: skip
     resolved = build_config(config, flags, set_)
     if print_config:
-        print(_json(resolved.model_dump(mode="json")) if json_ else to_toml(resolved))
+        print(as_json(resolved.model_dump(mode="json")) if json_ else to_toml(resolved))
     elif dry_run:
         _print_plan(resolved, json_)
     else:
@@ -115,7 +78,7 @@ def _print_plan(config: "Config", json_: bool) -> None:
     from edgeft import pipeline
 
     lines = pipeline.plan(config)
-    print(_json({"plan": lines}) if json_ else "\n".join(lines))
+    print(as_json({"plan": lines}) if json_ else "\n".join(lines))
 
 
 def _train(config: "Config", resume: bool, json_: bool) -> None:
@@ -123,9 +86,9 @@ def _train(config: "Config", resume: bool, json_: bool) -> None:
     from edgeft.report import render
     from edgeft.show import one_line, to_json
 
-    artifact = pipeline.train_quantize(config, resume=resume, progress=_progress())
-    if _main_process():
-        print(_json(to_json(artifact)) if json_ else f"{render(artifact.report())}\nwrote {one_line(artifact)}")
+    artifact = pipeline.train_quantize(config, resume=resume, progress=progress())
+    if is_main_process():
+        print(as_json(to_json(artifact)) if json_ else f"{render(artifact.report())}\nwrote {one_line(artifact)}")
 
 
 @app.command()
@@ -152,60 +115,11 @@ def export(
         TARGETS.entry(name)
     from edgeft import exporting
 
-    results = exporting.export(run or latest_run(), targets, out, evaluate=not no_evaluate, progress=_progress())
+    results = exporting.export(run or latest_run(), targets, out, evaluate=not no_evaluate, progress=progress())
     if json_:
-        print(_json([{"target": result.target, "path": str(result.path), **result.summary} for result in results]))
+        print(as_json([{"target": result.target, "path": str(result.path), **result.summary} for result in results]))
     else:
         print("\n".join(line for result in results for line in result.lines))
-
-
-@app.command()
-def predict(
-    export: Annotated[Path, typer.Argument(metavar="EXPORT", help="directory of an export, or of a run that has one")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="image files, or folders: every image in them")],
-    top: Annotated[int, typer.Option(min=1, help="print this many classes of each image, the most probable first")] = 1,
-    json_: Json = False,
-) -> None:
-    """Classify images with an exported model.
-
-    Images may have any size and kind: they are prepared as those of training and evaluation were.
-
-    Example: edgeft predict runs/mbv2 cat.jpg holiday/ --top 3
-    """
-    from edgeft.predicting import image_files, load
-
-    predictor = load(export)
-    files = [str(file) for file in image_files(images, _progress())]
-    found = list(zip(files, predictor.predict(files).top(top), strict=True))
-    if json_:
-        print(_json([{"path": file, "classes": [{"label": name, "probability": p} for name, p in best]} for file, best in found]))
-        return
-    width = max(map(len, files))
-    for file, best in found:
-        print(f"{file:{width}}  {', '.join(f'{name} {100 * p:.1f} %' for name, p in best)}")
-
-
-@app.command()
-def verify(
-    path: Annotated[Path | None, typer.Argument(metavar="[RUN|EXPORT]", help="default: the latest finished run in runs/")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="only the export to this target; may be repeated; default: all")] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="images: golden ones, adversarial ones, the rest random")] = 1000,
-    seed: Annotated[int | None, typer.Option(help="seed of the random images; default: a new one, which is printed")] = None,
-    json_: Json = False,
-) -> None:
-    """Compare exports with the interpreter, code for code.
-
-    In every runtime that is installed. The exit code is 1 when a single code of any layer differs.
-
-    Example: edgeft verify runs/mbv2 --target onnx --n 200
-    """
-    from edgeft import verifying
-    from edgeft.artifact import latest_run
-
-    found = verifying.verify(path or latest_run(), target or (), n=n, seed=seed, progress=_progress())
-    print(_json(found.to_json()) if json_ else "\n".join(found.lines()))
-    if not found.exact:
-        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()
@@ -224,7 +138,7 @@ def show(
 
     artifact = Artifact.load(run or latest_run())
     if json_:
-        print(_json(words.to_json(artifact)))
+        print(as_json(words.to_json(artifact)))
         return
     parts = [words.describe(artifact)]
     parts += [words.formats(artifact)] if formats else []
@@ -256,7 +170,7 @@ def list_(what: Annotated[str, typer.Argument(metavar="|".join(_LISTS))], json_:
     registry: Registry = getattr(importlib.import_module(module), attribute)
     entries = list(registry)
     if json_:
-        print(_json([{"name": entry.name, "summary": entry.summary, "extra": entry.extra} for entry in entries]))
+        print(as_json([{"name": entry.name, "summary": entry.summary, "extra": entry.extra} for entry in entries]))
         return
     width = max(len(entry.name) for entry in entries)
     for entry in entries:
@@ -272,23 +186,9 @@ def doctor(json_: Json = False) -> None:
     from edgeft.doctor import examine, render
 
     found = examine()
-    print(_json(found) if json_ else render(found))
+    print(as_json(found) if json_ else render(found))
     if found["problems"]:
         raise typer.Exit(EXIT_FAILED)
-
-
-def _json(tree: Any) -> str:
-    return json.dumps(tree, indent=1)
-
-
-def _main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _progress() -> "Progress":
-    from edgeft.progress import Progress
-
-    return Progress(enabled=_main_process())
 
 
 def _fail(message: str, hint: str = "") -> None:

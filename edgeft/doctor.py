@@ -20,7 +20,8 @@ EXTRAS = {
     "trt": ("tensorrt",),
     "trt-check": ("tensorrt-rtx",),
     "openvino": ("openvino",),
-    "dev": ("build", "hypothesis", "mypy", "openvino", "pytest", "pytest-cov", "ruff", "setuptools", "tensorrt-rtx"),
+    "sweep": ("optuna",),
+    "dev": ("build", "hypothesis", "mypy", "openvino", "optuna", "pytest", "pytest-cov", "ruff", "setuptools", "tensorrt-rtx"),
 }
 CPU_FLAGS = {
     "avx2": ("avx2",),

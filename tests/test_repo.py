@@ -25,8 +25,8 @@ LEVELS = {
     "edgeft.methods": 1, "edgeft.quant": 1, "edgeft.quant.calibration": 1, "edgeft.quant.tracing": 1, "edgeft.quant.backbones": 1,
     "edgeft.quant.recipes": 1, "edgeft.show": 1, "edgeft.show_formats": 1, "edgeft.show_saturation": 1,
     "edgeft.interpret": 2, "edgeft.kernels": 2, "edgeft.doctor": 2,
-    "edgeft.exporting": 4, "edgeft.verifying": 4, "edgeft.pipeline": 4, "edgeft.predicting": 4,
-    "edgeft.cli": 5, "edgeft.__main__": 5,
+    "edgeft.exporting": 4, "edgeft.sweeping": 4, "edgeft.verifying": 4, "edgeft.pipeline": 4, "edgeft.predicting": 4,
+    "edgeft.cli": 5, "edgeft.cli_app": 5, "edgeft.cli_measure": 5, "edgeft.__main__": 5,
 }  # fmt: skip
 OTHERS = 3
 """Level of edgeft.export.* and of every module of the training half."""

@@ -85,6 +85,7 @@ def test_the_flags_are_frozen() -> None:
         "predict": {"--top", "--json"},
         "show": {"--formats", "--saturation", "--json"},
         "verify": {"--target", "--n", "--seed", "--json"},
+        "sweep": {"--grid", "--out", "--config", "--set", "--target", "--workers", "--gpu", "--retry", "--dry-run", "--json"},
         "list": {"--json"},
         "doctor": {"--json"},
     }  # fmt: skip
