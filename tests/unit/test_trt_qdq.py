@@ -30,7 +30,7 @@ TRTEXEC = (
 )
 NOT_BUILT = "       emitted and linted; not built (pip install 'edgeft[trt-check]' builds it without a GPU)"
 ON_THE_DEVICE = f"       on the device: python build_engine.py, or {TRTEXEC}"
-BETTER = "       better: edgeft train-quantize --profile s8 --set quant.residual=wide, which trains for it"
+INSTEAD = "       trained for it instead, with additions inside convolutions: edgeft train-quantize --profile s8 --set quant.residual=wide"
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_an_unsigned_run_is_converted_and_the_cost_is_said(tmp_path: Path) -> No
         NOT_BUILT,
         f"       converted from profile u8, one bit less after every ReLU: {same} of 4 stored samples keep their class; "
         f"right 2 before, {right} after",
-        BETTER,
+        INSTEAD,
         ON_THE_DEVICE,
     )
     np.testing.assert_array_equal(target.load(tmp_path / "out", threads=1).logits(images), Interpreter(result.graph).logits(images))
