@@ -125,6 +125,6 @@ def _lines(summary: dict[str, Any], path: Path, check: builder.AheadOfTime | Non
         lines += [
             f"       converted from profile u8, one bit less after every ReLU: {cost['same_class']} of {cost['images']} stored samples "
             f"keep their class{right}",
-            "       trained for it instead, with additions inside convolutions: edgeft train-quantize --profile s8 --set quant.residual=wide",
+            "       trained for it instead, additions inside convolutions: edgeft train-quantize --profile s8 --set quant.residual=wide",
         ]
     return (*lines, f"       on the device: python {SCRIPT}, or {summary['trtexec']}")

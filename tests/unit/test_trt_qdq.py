@@ -30,7 +30,7 @@ TRTEXEC = (
 )
 NOT_BUILT = "       emitted and linted; not built (pip install 'edgeft[trt-check]' builds it without a GPU)"
 ON_THE_DEVICE = f"       on the device: python build_engine.py, or {TRTEXEC}"
-INSTEAD = "       trained for it instead, with additions inside convolutions: edgeft train-quantize --profile s8 --set quant.residual=wide"
+INSTEAD = "       trained for it instead, additions inside convolutions: edgeft train-quantize --profile s8 --set quant.residual=wide"
 
 
 @pytest.fixture
