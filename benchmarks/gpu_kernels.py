@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_steps import synchronize
-from benchmarks.nets import shuffled
+from edgeft.bench.timing import shuffled
 from edgeft.errors import VerificationError
 from edgeft.progress import Progress
 from edgeft.quant.fakequant import (

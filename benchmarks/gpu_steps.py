@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.nets import N_CLASSES, Case, fixed_point, random_classifier, random_images, shuffled
+from benchmarks.nets import N_CLASSES, Case, fixed_point, random_classifier, random_images
+from edgeft.bench.timing import shuffled
 from edgeft.config import QuantConfig
 from edgeft.models import Classifier
 from edgeft.progress import Progress

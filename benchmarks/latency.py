@@ -1,7 +1,6 @@
 """Suite ort-latency: the exported ONNX file against float32 and ONNX Runtime's static quantization of the same net, also in OpenVINO."""
 
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +8,16 @@ from typing import Any
 
 import numpy as np
 import openvino
-import torch
 from numpy.typing import NDArray
 
-from benchmarks.nets import Case, fixed_point, random_classifier, random_images, shuffled
-from benchmarks.peers import check_float_peer, normalised, quantized_peer, session
-from benchmarks.peers import float_peer as write_float_peer
+from benchmarks.nets import Case, fixed_point, random_classifier, random_images
 from benchmarks.record import Machine, write
 from edgeft.artifact import Artifact
-from edgeft.checkpoint import restore
-from edgeft.config import Config, ModelConfig
-from edgeft.data.preprocess import Preprocessing
+from edgeft.bench.peers import check_float_peer, float_classifier, normalised
+from edgeft.bench.peers import float_peer as write_float_peer
+from edgeft.bench.timing import Call, one_round, shuffled, warm_up
 from edgeft.errors import VerificationError
+from edgeft.export.float_onnx import quantize_statically, session
 from edgeft.export.onnx_nodes import INPUT
 from edgeft.export.onnx_qdq import build_model
 from edgeft.export.openvino_runner import OpenVinoRunner
@@ -28,7 +25,7 @@ from edgeft.export.ort_runner import OnnxRunner
 from edgeft.export.verify import verify
 from edgeft.graph import IntegerGraph
 from edgeft.interpret import Interpreter
-from edgeft.models import Classifier, build_classifier
+from edgeft.models import Classifier
 from edgeft.progress import Progress
 from edgeft.quant.lower import lower
 from edgeft.quant.rescale import IMAGE_NORM
@@ -39,8 +36,6 @@ BATCH = 1
 N_VERIFIED, N_CALIBRATION = 16, 32
 RUNTIMES = ("ONNX Runtime", "OpenVINO")
 COLUMNS = ("net", "model", "runtime", "median ms", "p95 ms", "speed against fp32", "time against static int8", "kB")
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -65,13 +60,10 @@ def random_subject(case: Case) -> Subject:
 def run_subject(run: Path) -> Subject:
     """The network of a finished run, with its golden images. Raises ArtifactError when it is damaged."""
     artifact = Artifact.load(run)
-    config, p = Config.model_validate(artifact.manifest.config), Preprocessing.from_json(artifact.manifest.preprocessing)
-    model = ModelConfig(backbone=config.model.backbone, args=config.model.args)
-    built = build_classifier(model, config.data, len(artifact.manifest.classes), p.size, config.seed)
-    restore(built.net, {name: torch.from_numpy(value) for name, value in artifact.arrays("float.safetensors").items()})
-    classifier = Classifier(built.net, p).eval()
+    classifier = float_classifier(artifact)
     images = artifact.samples()["images"][:N_CALIBRATION]
-    return Subject(f"{model.backbone} {p.size} px", f"run of digest {artifact.digest[:12]}", classifier, artifact.graph(), images)
+    backbone, size = artifact.manifest.config["model"]["backbone"], classifier.preprocessing.size
+    return Subject(f"{backbone} {size} px", f"run of digest {artifact.digest[:12]}", classifier, artifact.graph(), images)
 
 
 def measure(subject: Subject, *, n_rounds: int, n_calls: int, threads: int, folder: Path) -> dict[str, Any]:
@@ -85,7 +77,7 @@ def measure(subject: Subject, *, n_rounds: int, n_calls: int, threads: int, fold
     write_float_peer(subject.classifier, files[FLOAT])
     difference = check_float_peer(subject.classifier, files[FLOAT], subject.images[:N_VERIFIED])
     inputs = normalised(subject.classifier, subject.images)
-    quantized_peer(files[FLOAT], files[PEER], inputs)
+    quantize_statically(files[FLOAT], files[PEER], inputs)
     _verify_in_openvino(subject, files[OURS])
     openers = dict(zip(RUNTIMES, (_call, _openvino_call), strict=True))
     calls = {
@@ -121,23 +113,9 @@ def _openvino_call(file: Path, batch: NDArray[Any], threads: int) -> Call:
 
 def time_rounds(calls: dict[str, Call], n_rounds: int, n_calls: int) -> dict[str, list[list[float]]]:
     """Milliseconds of each call, per name and round; before the first round each is called `n_calls` times, untimed."""
-    for call in calls.values():
-        _timed(call, n_calls)
-    found: dict[str, list[list[float]]] = {name: [] for name in calls}
-    for order in shuffled(list(calls), n_rounds):
-        for name in order:
-            calls[name]()  # the model before has filled the caches
-            found[name].append(_timed(calls[name], n_calls))
-    return found
-
-
-def _timed(call: Call, n: int) -> list[float]:
-    times_ms = []
-    for _ in range(n):
-        start = time.perf_counter_ns()
-        call()
-        times_ms.append((time.perf_counter_ns() - start) / 1e6)
-    return times_ms
+    warm_up(calls, n_calls)
+    rounds = [one_round(calls, order, n_calls) for order in shuffled(list(calls), n_rounds)]
+    return {name: [each[name] for each in rounds] for name in calls}
 
 
 def rows_of(record: dict[str, Any]) -> list[tuple[str | float, ...]]:

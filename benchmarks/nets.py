@@ -1,6 +1,5 @@
 """Nets to time: what to build, random weights that behave like trained ones, and the fixed-point form without training."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,10 +84,3 @@ def fixed_point(classifier: Classifier, **quant: Any) -> tuple[FixedPointNet, di
         net, sigmas = calibrate(plan, torch.from_numpy(images), config, advance)
     enforce_bounds(net)
     return net, sigmas
-
-
-def shuffled(names: list[str], n_rounds: int, seed: int = 0) -> Iterator[list[str]]:
-    """The names in a new random order for each round, so that no variant always runs first or after the same other one."""
-    rng = np.random.default_rng(seed)
-    for _ in range(n_rounds):
-        yield [names[int(i)] for i in rng.permutation(len(names))]

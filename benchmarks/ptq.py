@@ -19,11 +19,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.packs import Pack, read_net, read_pack
-from benchmarks.peers import float_model, quantized_peer, session
 from benchmarks.record import Machine, write
 from edgeft.artifact import atomic_write, json_bytes
+from edgeft.bench.peers import float_model
 from edgeft.config import QuantConfig
 from edgeft.errors import ConfigError
+from edgeft.export.float_onnx import quantize_statically, session
 from edgeft.export.verify import verify
 from edgeft.interpret import Interpreter
 from edgeft.progress import Progress
@@ -123,7 +124,7 @@ def _ort_scores(net: nn.Module, variant: Variant, images: Images, split: Split) 
     with tempfile.TemporaryDirectory() as folder:
         source, file = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         onnx.save(float_model(trace(net, (3, size, size))), source)
-        quantized_peer(source, file, _normalised(images), per_channel=variant.granularity == "channel")
+        quantize_statically(source, file, _normalised(images), per_channel=variant.granularity == "channel")
         opened = session(file, torch.get_num_threads())
         scored = split.scored.images
         return np.concatenate([opened.run(None, {IMAGE: _normalised(scored[i : i + BATCH])})[0] for i in range(0, len(scored), BATCH)])

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.nets import N_CLASSES, Case, fixed_point, random_classifier, random_images, shuffled
+from benchmarks.nets import N_CLASSES, Case, fixed_point, random_classifier, random_images
 from benchmarks.qat_peers import AFTER_COLLECTION, FoldedNet, StockNet
 from benchmarks.record import Machine, write
+from edgeft.bench.timing import shuffled
 from edgeft.config import QuantConfig
 from edgeft.progress import Progress
 from edgeft.quant.control import FormatControl

@@ -1,60 +1,17 @@
 """What every result file states besides its numbers, and how it is written and named."""
 
-import os
 import platform
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import Cell, Result
 from edgeft.artifact import atomic_write, installed_versions, json_bytes
-from edgeft.doctor import cpu_flags
+from edgeft.bench.machine import Machine, cpu_name
 
-_FREQUENCY = re.compile(r"@.*|\((r|tm)\)|\b(cpu|processor)\b", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where something is measured: processor, cores that this process may use, threads, CPU flags, and how busy it is.
-
-    `load` is the 1-minute load average when the measurement began: above the number of free cores, times are not worth much.
-    """
-
-    cpu: str
-    n_cores: int
-    n_threads: int
-    flags: tuple[str, ...]
-    load: float
-
-    @classmethod
-    def look(cls, n_threads: int) -> "Machine":
-        """This machine, now."""
-        file = Path("/proc/cpuinfo")
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-        flags = cpu_flags(text) or {}
-        n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return cls(cpu_name(text), n_cores, n_threads, tuple(name for name, has in flags.items() if has), round(os.getloadavg()[0], 2))
-
-    @property
-    def text(self) -> str:
-        """As tables show it."""
-        cores = f"{self.n_cores} core{'s' if self.n_cores > 1 else ''}, {self.n_threads} thread{'s' if self.n_threads > 1 else ''}"
-        return f"{self.cpu}, {cores}, {' '.join(self.flags) or 'no 8-bit instructions known'}"
-
-    @property
-    def slug(self) -> str:
-        """As file names show it."""
-        return f"{re.sub(r'[^a-z0-9]+', '-', self.cpu.lower()).strip('-')}-{self.n_cores}c"
-
-
-def cpu_name(cpuinfo: str) -> str:
-    """The processor's name out of the text of /proc/cpuinfo; the architecture where it names none."""
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    name = _FREQUENCY.sub(" ", found[1]) if found else platform.machine()
-    return " ".join(name.split()) or platform.machine()
+__all__ = ["Machine", "cpu_name", "write"]
 
 
 def write(

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
-from benchmarks.nets import N_CLASSES, Case, fixed_point, random_classifier, random_images, shuffled
+from benchmarks.nets import N_CLASSES, Case, fixed_point, random_classifier, random_images
 from benchmarks.record import Machine, write
+from edgeft.bench.timing import shuffled
 from edgeft.config import QuantConfig, build_config
 from edgeft.context import TrainContext, make_accelerator
 from edgeft.data import Split, SplitKind

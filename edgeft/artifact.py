@@ -32,6 +32,8 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 RUN = "run.json"
 WORK = "work"
+SWEEP = "sweep"
+"""Stem of the table in the folder of a sweep."""
 PARTIAL = ".partial"
 """Ending of a file that is being written; it is never read."""
 PACKAGES = ("numpy", "torch", "torchvision", "timm", "brevitas", "accelerate", "onnx", "onnxruntime")
@@ -301,6 +303,13 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def is_finished(path: Path) -> bool:
     """Whether a run or export in `path` was written to its end."""
     return (path / MANIFEST).is_file()
+
+
+def runs_of_sweep(folder: Path) -> list[Path]:
+    """The finished runs in the folder of a sweep, from its table; none where it is no such folder."""
+    file = folder / f"{SWEEP}.json"
+    tree = _parse(file, _read(file)) if file.is_file() else {"runs": []}
+    return [folder / row["run"] for row in tree["runs"] if row["state"] == "finished"]
 
 
 def latest_run(root: Path = Path("runs")) -> Path:

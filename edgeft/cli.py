@@ -1,6 +1,6 @@
 """The command line: flags to a configuration, results to stdout, errors to exit codes; nothing else.
 
-Everything that needs torch is imported inside the verb that uses it. Verbs that measure and compare are in `cli_measure`.
+Everything that needs torch is imported inside the verb that uses it. Other verbs are in `cli_measure` and `cli_report`.
 """
 
 import errno
@@ -11,13 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import edgeft.cli_measure
+import edgeft.cli_report
 from edgeft.cli_app import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNABLE, Global, Json, Run, app, as_json, is_main_process, progress
 from edgeft.errors import ConfigError, EdgeftError
 
 if TYPE_CHECKING:
     from edgeft.config import Config
 
-assert edgeft.cli_measure.VERBS  # importing it registers its verbs
+ORDER = (
+    "train-quantize", "export", "verify", "predict", "show", "evaluate", "bench", "diagnose", "robustness", "reprobe", "sweep",
+    "list", "doctor", "selfcheck",
+)  # fmt: skip
+"""Verbs as the help shows them; the modules beside this one register theirs when they are imported."""
+assert set(ORDER) > {*edgeft.cli_measure.VERBS, *edgeft.cli_report.VERBS}
 
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 UsageError: Any = typer.BadParameter.__base__
@@ -189,6 +195,9 @@ def doctor(json_: Json = False) -> None:
     print(as_json(found) if json_ else render(found))
     if found["problems"]:
         raise typer.Exit(EXIT_FAILED)
+
+
+app.registered_commands.sort(key=lambda verb: ORDER.index(verb.name or getattr(verb.callback, "__name__", "")))
 
 
 def _fail(message: str, hint: str = "") -> None:

@@ -79,6 +79,23 @@ class TrainConfig(Section):
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
     weight_decay: float = Field(0.0, ge=0, description="SGD weight decay")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type of the float stages")
+    l2sp: float | None = Field(None, ge=0, description="weight of |w - w0|^2, all but the head; default: the method's own (l2sp 0.01)")
+    freeze_k: int | None = Field(None, ge=0, description="coarse layers left as they are, from the input; default: the method's (freeze 2)")
+    layers: Names = Field((), description="names or patterns of the layers that alone are trained, e.g. blocks.[56],head")
+    layer_decay: float | None = Field(
+        None, gt=0, le=1, description="factor of the rate for each layer nearer to the input; default: the method's (layer-decay 0.75)"
+    )
+    ema: float | None = Field(None, ge=0, lt=1, description="decay of the weights' moving average; default: the method's own (ema 0.999)")
+    label_smoothing: float | None = Field(None, ge=0, lt=1, description="label smoothing; default: the method's own (bang 0.1)")
+    mixup: float | None = Field(None, ge=0, description="Beta parameter of mixup; default: the method's own (bang 0.2)")
+    sampler: Literal["shuffle", "balanced"] = Field("shuffle", description="balanced: every class (or group in it) is drawn equally often")
+    groups: Path | None = Field(None, description="CSV with the columns file,group for the balanced sampler; files relative to the CSV")
+
+    @model_validator(mode="after")
+    def _groups_are_for_the_sampler(self) -> Self:
+        if self.groups is not None and self.sampler != "balanced":
+            raise ValueError(f"groups are drawn by sampler balanced, and it is {self.sampler}")
+        return self
 
 
 RECIPE_EPOCHS = {"f8net-tiny": 0, "f8net-finetune": 3, "f8net-conventional": 30}

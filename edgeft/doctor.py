@@ -11,8 +11,8 @@ from typing import Any
 from edgeft.artifact import installed_versions
 
 REQUIRED = (
-    "accelerate", "brevitas", "numpy", "onnx", "onnxruntime", "pillow", "pydantic", "rich", "safetensors", "timm", "torch",
-    "torchvision", "typer",
+    "accelerate", "brevitas", "matplotlib", "numpy", "onnx", "onnxruntime", "pillow", "pydantic", "rich", "safetensors", "timm",
+    "torch", "torchvision", "typer",
 )  # fmt: skip
 """The dependencies of edgeft; a test compares them with pyproject.toml."""
 EXTRAS = {

@@ -9,7 +9,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from edgeft.averaging import MovingAverage
 from edgeft.context import TrainContext
 from edgeft.data import NO_LABEL, Split
 from edgeft.data.loading import TrainImages, batches
@@ -55,6 +57,7 @@ class EpochRunner:
         self._model, self._stage, self._context, self._on_step, self._objective = model, stage, context, on_step, objective
         self._accelerator = context.accelerator
         self._n_train = len(train)
+        self._strata = train.strata if stage.sampler == "balanced" else None
         images = TrainImages(train, context.preprocessing, context.augment, stream_seed(context.seed, stage.name), context.cache)
         self._feed = TrainFeed(images, context.workers, self._accelerator.device)
         self._val = split_share(val, self._accelerator.process_index, self._accelerator.num_processes)
@@ -65,16 +68,19 @@ class EpochRunner:
         """Let the accelerator forget the model."""
         self._accelerator.free_memory()
 
-    def train(self, optimizer: torch.optim.Optimizer, lr: float, epoch: int, advance: Callable[..., None]) -> EpochResult:
-        """One pass over the training images at the cosine rate of `epoch` (from 0) out of the peak rate `lr`.
+    def train(
+        self, optimizer: torch.optim.Optimizer, lr: float, epoch: int, average: MovingAverage, advance: Callable[..., None]
+    ) -> EpochResult:
+        """One pass over the training images at the cosine rate of `epoch` (from 0) out of the peak rate `lr`, times each group's "scale".
 
-        Ends early at a loss that is not finite; `advance` is called after each step.
+        Ends early at a loss that is not finite; `average` and `advance` are told of each step.
         """
         for group in optimizer.param_groups:
-            group["lr"] = lr / 2 * (1 + math.cos(math.pi * epoch / self._stage.epochs))
+            group["lr"] = lr / 2 * (1 + math.cos(math.pi * epoch / self._stage.epochs)) * group["scale"]
         steps = self._steps(epoch)
         feed = self._feed.epoch(epoch, share(steps, self._accelerator.process_index, self._context.accumulate))
         self._model.train(self._stage.batch_norm == "train")
+        _hold_frozen_norms(self._model)
         meter = _LossMeter(self._accelerator, len(steps))
         with self._dropout_seed(lr, epoch):
             for number, step in enumerate(steps):
@@ -84,38 +90,21 @@ class EpochRunner:
                 if meter.bad_step(number) is not None:
                     break
                 self._update(optimizer)
+                average.update(epoch * len(steps) + number)
                 advance()
         optimizer.zero_grad()
-        self._agree_on_buffers()
+        self._agree_on_buffers(average)
         return EpochResult(meter.total() / self._n_train, None if meter.bad is None else epoch * len(steps) + meter.bad)
 
-    @torch.no_grad()
     def validate(self) -> Validation | None:
         """How the model does on the validation images, over all processes; None when a score is not finite."""
         # Not through the data-parallel wrapper, which would wait for processes that have fewer batches.
-        model = self._accelerator.unwrap_model(self._prepared).eval()
-        device = self._accelerator.device
-        sums = torch.zeros(6, dtype=torch.float64, device=device)  # images, labelled, broken, correct, agreeing, divergence
-        compared = False
-        for images, labels in batches(self._val, self._context.preprocessing, EVALUATION_BATCH, self._context.cache):
-            pictures = torch.from_numpy(images).to(device)
-            logits = model(pictures)
-            right = (logits.argmax(dim=1) == torch.from_numpy(labels).to(device)).sum()
-            known = (right.new_tensor(n) for n in (len(labels), int((labels != NO_LABEL).sum())))
-            sums[:4] += torch.stack([*known, (~torch.isfinite(logits)).any().long(), right])
-            found = self._objective.compare(pictures, logits)
-            if found is not None:
-                compared = True
-                sums[4:] += torch.stack(found)
-        *counts, agreeing, divergence = self._accelerator.reduce(sums, "sum").tolist()
-        n, labelled, broken, correct = map(int, counts)
-        if broken:
-            return None
-        return Validation(n, labelled, correct, int(agreeing), divergence) if compared else Validation(n, labelled, correct)
+        return validate(self._accelerator.unwrap_model(self._prepared), self._val, self._context, self._objective)
 
     def _steps(self, epoch: int) -> list[Step]:
-        parts = self._accelerator.num_processes * self._context.accumulate
-        return epoch_steps(self._n_train, self._context.batch, parts, stream_seed(self._context.seed, self._stage.name, "order", epoch))
+        parts, seed = self._accelerator.num_processes * self._context.accumulate, self._context.seed
+        order = stream_seed(seed, self._stage.name, "order", epoch)
+        return epoch_steps(self._n_train, self._context.batch, parts, order, self._strata)
 
     def _backward(self, feed: Iterator[Batch], n: int) -> Tensor:
         """Gradients of the mean loss over the `n` images of a step; returns this process's part of the summed loss."""
@@ -124,11 +113,23 @@ class EpochRunner:
         for micro in range(accumulate):
             images, labels = (tensor.to(device, non_blocking=True) for tensor in next(feed))
             with nullcontext() if micro + 1 == accumulate else self._accelerator.no_sync(self._prepared):
-                loss = self._objective.loss(images, self._prepared(images).float(), labels)
+                images, targets = self._mixed(images, labels)
+                logits = self._prepared(images).float()
+                loss = torch.stack([share * self._objective.loss(images, logits, mine) for share, mine in targets]).sum()
                 # Data-parallel training averages gradients over processes; wanted is their sum over the step's images.
                 self._accelerator.backward(loss * (self._accelerator.num_processes / n))
             summed += loss.detach()
         return summed
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[tuple[float, Tensor]]]:
+        """The batch and its labels with the share of the loss that each has; with mixup, images and labels of two (arXiv:1710.09412)."""
+        if not self._stage.mixup:
+            return images, [(1.0, labels)]
+        concentration = torch.tensor(self._stage.mixup)
+        share = float(torch.distributions.Beta(concentration, concentration).sample())
+        partners = torch.randperm(len(labels)).to(labels.device)
+        mixed = share * images.float() + (1 - share) * images[partners].float()
+        return mixed, [(share, labels), (1 - share, labels[partners])]
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
         """One optimizer step, through the loss scaler where fp16 has one.
@@ -152,11 +153,45 @@ class EpochRunner:
             yield
 
     @torch.no_grad()
-    def _agree_on_buffers(self) -> None:
+    def _agree_on_buffers(self, average: MovingAverage) -> None:
         """Batch-norm statistics of the main process everywhere; each process has seen other images."""
         if self._accelerator.num_processes > 1:
-            for buffer in self._model.buffers():
+            for buffer in (*self._model.buffers(), *average.values.values()):
                 buffer.copy_(broadcast(buffer.contiguous()))
+
+
+@torch.no_grad()
+def validate(model: nn.Module, val: Split, context: TrainContext, objective: Objective) -> Validation | None:
+    """How a model (image bytes to logits) does on this process's share `val` of the validation images, summed over all processes.
+
+    It is left in eval mode. None when a score is not finite.
+    """
+    model.eval()
+    device = context.accelerator.device
+    sums = torch.zeros(6, dtype=torch.float64, device=device)  # images, labelled, broken, correct, agreeing, divergence
+    compared = False
+    for images, labels in batches(val, context.preprocessing, EVALUATION_BATCH, context.cache):
+        pictures = torch.from_numpy(images).to(device)
+        logits = model(pictures)
+        right = (logits.argmax(dim=1) == torch.from_numpy(labels).to(device)).sum()
+        known = (right.new_tensor(n) for n in (len(labels), int((labels != NO_LABEL).sum())))
+        sums[:4] += torch.stack([*known, (~torch.isfinite(logits)).any().long(), right])
+        found = objective.compare(pictures, logits)
+        if found is not None:
+            compared = True
+            sums[4:] += torch.stack(found)
+    *counts, agreeing, divergence = context.accelerator.reduce(sums, "sum").tolist()
+    n, labelled, broken, correct = map(int, counts)
+    if broken:
+        return None
+    return Validation(n, labelled, correct, int(agreeing), divergence) if compared else Validation(n, labelled, correct)
+
+
+def _hold_frozen_norms(model: nn.Module) -> None:
+    """Batch norms whose scale and shift are not trained stay in eval mode: a layer that is left as it is keeps its statistics too."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.weight is not None and not module.weight.requires_grad:
+            module.eval()
 
 
 class _LossMeter:

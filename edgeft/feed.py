@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -24,13 +25,28 @@ def stream_seed(*parts: object) -> int:
     return zlib.crc32("/".join(map(str, parts)).encode()) & 0x7FFFFFFF
 
 
-def epoch_steps(n: int, batch: int, parts: int, seed: int) -> list[Step]:
+def balanced_order(strata: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """As many draws as there are images, in random order: every stratum (a number for each image) equally often, but for one draw.
+
+    The images of a stratum come in turn, each once before one comes again.
+    """
+    rng, names = np.random.default_rng(seed), np.unique(strata)
+    counts = np.full(len(names), len(strata) // len(names))
+    counts[rng.permutation(len(names))[: len(strata) % len(names)]] += 1
+    drawn: list[NDArray[np.int64]] = []
+    for name, count in zip(names, counts, strict=True):
+        images = np.flatnonzero(strata == name)
+        drawn.append(np.concatenate([rng.permutation(images) for _ in range(-(-count // len(images)))] or [images])[:count])
+    return rng.permutation(np.concatenate(drawn))
+
+
+def epoch_steps(n: int, batch: int, parts: int, seed: int, strata: NDArray[np.int64] | None = None) -> list[Step]:
     """All `n` images in random order, in steps of at most `batch` images that differ by one image at most; each in `parts`.
 
-    An equal split leaves no short last batch, which would disturb batch norm, and drops no image. Raises ConfigError when a step
-    has fewer images than parts.
+    With `strata` the images are those of `balanced_order`. An equal split leaves no short last batch, which would disturb batch norm,
+    and drops no image. Raises ConfigError when a step has fewer images than parts.
     """
-    order = np.random.default_rng(seed).permutation(n)
+    order = np.random.default_rng(seed).permutation(n) if strata is None else balanced_order(strata, seed)
     steps = np.array_split(order, -(-n // batch))
     smallest = n // len(steps)
     if smallest < parts:

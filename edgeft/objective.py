@@ -23,16 +23,49 @@ class Objective(Protocol):
 
 
 class Labels:
-    """Cross-entropy to the labels; the epoch of most correct validation images is kept."""
+    """Cross-entropy to the labels; the epoch of most correct validation images is kept.
+
+    `smoothing` (0 ... 1) of every label is spread evenly over all classes (Szegedy et al. 2015, arXiv:1512.00567).
+    """
 
     name = "labels"
 
+    def __init__(self, smoothing: float = 0.0) -> None:
+        self._smoothing = smoothing
+
     def loss(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         """Summed cross-entropy."""
-        return cross_entropy(logits, labels, reduction="sum")
+        return cross_entropy(logits, labels, reduction="sum", label_smoothing=self._smoothing)
 
     def compare(self, images: Tensor, logits: Tensor) -> None:
         """There is no teacher."""
+
+
+class L2SP:
+    """Another loss plus, for every image, weight * |w - w0|^2 over all parameters w of `model` but those of `head` (Li et al., ICML 2018).
+
+    There is no factor 1/2, so that the gradient is 2 * weight * (w - w0). w0 is what the model holds now; the head, which may start
+    from nothing, is told apart by identity, whatever its name. Parameters that are not trained are not looked at.
+    """
+
+    def __init__(self, inner: Objective, model: nn.Module, head: nn.Module, weight: float) -> None:
+        self.name = f"{inner.name}, l2sp {weight:g}"
+        self._inner, self._weight = inner, weight
+        free = {id(parameter) for parameter in head.parameters()}
+        pulled = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in free]
+        self._pairs = [(parameter, parameter.detach().clone()) for parameter in pulled]
+
+    def penalty(self) -> Tensor:
+        """The penalty of one image, a float32 scalar."""
+        return self._weight * torch.stack([(parameter - start).square().sum() for parameter, start in self._pairs]).sum()
+
+    def loss(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """The other loss and the penalty, summed over the batch."""
+        return self._inner.loss(images, logits, labels) + len(labels) * self.penalty()
+
+    def compare(self, images: Tensor, logits: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As the other loss compares: the penalty selects nothing."""
+        return self._inner.compare(images, logits)
 
 
 class Distillation:

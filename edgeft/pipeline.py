@@ -16,6 +16,7 @@ from edgeft.evaluate import evaluate as evaluate_runner
 from edgeft.export.verify import golden, verify
 from edgeft.exporting import FIXED_POINT, FLOAT, golden_images
 from edgeft.interpret import Interpreter
+from edgeft.layers import check_stages
 from edgeft.methods import METHODS, Stage
 from edgeft.methods.run import run_stages
 from edgeft.models import Classifier, build_classifier
@@ -111,14 +112,23 @@ def train_quantize(config: Config, *, resume: bool = False, progress: Progress |
 
 def _prepare(config: Config, dataset: Dataset) -> tuple[Classifier, list[Stage]]:
     stages: list[Stage] = METHODS.get(config.train.method).stages(config)
-    return build_classifier(config.model, config.data, len(dataset.classes), dataset.size, config.seed), stages
+    classifier = build_classifier(config.model, config.data, len(dataset.classes), dataset.size, config.seed)
+    check_stages(classifier, stages)
+    return classifier, stages
 
 
 def _describe(stage: Stage) -> str:
     if stage.solver == "lbfgs":
         return f"L-BFGS, penalties {', '.join(f'{value:g}' for value in stage.penalties)}"
+    if stage.solver == "wise":
+        return "average of the weights before and after, shares chosen on validation"
+    if stage.solver == "soup":
+        return "average of the learning rates' weights, as long as validation gains"
     rates = ", ".join(f"{rate:g}" for rate in stage.learning_rates)
-    return f"SGD, {stage.epochs} epochs at each of {rates}; batch norm {stage.batch_norm}"
+    usual = Stage(stage.name, "sgd", epochs=1, learning_rates=(1.0,))
+    shown = ("l2sp", "freeze_k", "layers", "norms_only", "layer_decay", "ema", "label_smoothing", "mixup", "sampler")
+    special = [f"; {name} {value}" for name in shown if (value := getattr(stage, name)) != getattr(usual, name)]
+    return f"SGD, {stage.epochs} epochs at each of {rates}; batch norm {stage.batch_norm}{''.join(special)}"
 
 
 def _measure(

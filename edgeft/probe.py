@@ -164,7 +164,7 @@ def _best_head(train: Features, val: Features, n_classes: int, stage: Stage, con
     if std == 0:
         raise TrainingError("all features are the same number: the backbone sees nothing", "check the weights, data.mean and data.std")
     present = torch.unique(train.labels)
-    problem = _LogisticRegression(train, present, mean, std)
+    problem = LogisticRegression(train, present, mean, std)
     candidates: list[tuple[int, float, LinearHead]] = []
     history: list[dict[str, Any]] = []
     penalties = sorted(set(stage.penalties), reverse=True)
@@ -217,7 +217,7 @@ def with_absent_classes(head: LinearHead, present: Tensor, n_classes: int) -> Li
     return LinearHead(weight, bias)
 
 
-class _LogisticRegression:
+class LogisticRegression:
     """Minimises mean cross-entropy + penalty / 2 * |weight|^2 over the classes present; the bias is free.
 
     scikit-learn's C is 1 / (penalty * n). Arithmetic is float64; the gradient is (softmax - onehot)^T x / n + penalty * weight.

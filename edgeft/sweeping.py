@@ -8,7 +8,6 @@ killed harms no other, and goes on from its checkpoints when the sweep is starte
 import csv
 import io
 import itertools
-import json
 import os
 import re
 import socket
@@ -26,13 +25,12 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from edgeft.artifact import Artifact, atomic_write, is_finished, json_bytes
+from edgeft.artifact import SWEEP, Artifact, atomic_write, is_finished, json_bytes
 from edgeft.config import Config, build_config, parse_assignment, to_toml
 from edgeft.errors import ConfigError
 from edgeft.progress import Progress
 
-JOURNAL, TABLE = "queue.journal", "sweep"
-"""The queue, and the stem of the table's two files."""
+JOURNAL = "queue.journal"
 _STUDY, _RUN, _OWNER, _ERROR = "sweep", "run", "owner", "error"
 COLUMNS = ("run", "state", "id float", "id fixed point", "ood float", "ood fixed point", "error")
 
@@ -248,10 +246,10 @@ def _tabulate(queue: _Queue, out: Path) -> SweepReport:
         accuracy = _accuracy(out / name) if state == "finished" else (None,) * 4
         rows.append(SweepRow(name, state, accuracy, trial.user_attrs.get(_ERROR, "") if state == "failed" else ""))
     report = SweepReport(out, tuple(rows))
-    atomic_write(out / f"{TABLE}.json", json_bytes(report.to_json()))
+    atomic_write(out / f"{SWEEP}.json", json_bytes(report.to_json()))
     text = io.StringIO(newline="")
     csv.writer(text).writerows([COLUMNS, *(row.cells() for row in report.rows)])
-    atomic_write(out / f"{TABLE}.csv", text.getvalue().encode())
+    atomic_write(out / f"{SWEEP}.csv", text.getvalue().encode())
     return report
 
 
@@ -261,9 +259,3 @@ def _accuracy(run: Path) -> tuple[float | None, float | None, float | None, floa
     ids = [split.top1 if model and (split := model.split("id")) else None for model in models]
     oods = [model.mean_ood if model else None for model in models]
     return ids[0], ids[1], oods[0], oods[1]
-
-
-def read_runs(folder: Path) -> list[Path]:
-    """Folders of the finished runs of a sweep in `folder`, from its table."""
-    tree = json.loads((folder / f"{TABLE}.json").read_text(encoding="utf-8"))
-    return [folder / row["run"] for row in tree["runs"] if row["state"] == "finished"]

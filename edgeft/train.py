@@ -1,14 +1,16 @@
 """The one training procedure: run an SGD stage at every learning rate, keep the best epoch, survive a kill at any moment."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edgeft.averaging import MovingAverage
 from edgeft.checkpoint import copy_of, digest, read_checkpoint, restore, state_of, under_prefix, with_prefix, write_checkpoint
 from edgeft.context import TrainContext, make_accelerator
 from edgeft.data import Split
@@ -40,13 +42,15 @@ class FitResult:
 
 def fit(
     model: nn.Module, stage: Stage, train: Split, val: Split, context: TrainContext, on_step: OnStep | None = None,
-    objective: Objective | None = None,
+    objective: Objective | None = None, rate_scales: Mapping[str, float] | None = None,
 ) -> FitResult:  # fmt: skip
     """Train `model` (image bytes to logits) by an SGD stage and leave its best weights in it, in eval mode.
 
-    The loss is the objective's, by default cross-entropy to the labels. Every learning rate starts from the weights that `model` comes
-    with. The best epoch has the highest accuracy on `val`, or with a teacher the smallest divergence from it; the later one on ties,
-    among rates the smaller one. `on_step(step, total)` is called before each optimizer step of a rate, from 0.
+    The loss is the objective's, by default cross-entropy to the labels. Parameters in `rate_scales` have that share of the learning
+    rate, the others all of it. Every learning rate starts from the weights that `model` comes with. With a moving average it is the
+    averaged weights that are validated and kept. The best epoch has the highest accuracy on `val`, or with a teacher the smallest
+    divergence from it; the later one on ties, among rates the smaller one. `on_step(step, total)` is called before each optimizer step
+    of a rate, from 0.
 
     After every epoch a checkpoint in `context.work/<stage name>` is replaced, and a later call goes on from there to the same weights
     as an uninterrupted one; a finished stage is only read back. What a model keeps outside its parameters and buffers is not in it.
@@ -56,7 +60,12 @@ def fit(
     when a step cannot be split over the processes; ArtifactError when checkpoints cannot be read, written or used.
     """
     with _repeatable_convolutions():
-        return _Fit(model, stage, train, val, context, objective or Labels()).run(on_step)
+        return _Fit(model, stage, train, val, context, objective or Labels(stage.label_smoothing), rate_scales or {}).run(on_step)
+
+
+def rate_file(folder: Path, number: int) -> Path:
+    """Where a stage with `keep_rates` and checkpoints in `folder` writes the best weights of its rate of that number, from 0."""
+    return folder / f"rate-{number}.safetensors"
 
 
 @contextmanager
@@ -74,10 +83,13 @@ def _repeatable_convolutions() -> Iterator[None]:
 class _Fit:
     """One stage under way: where it is, what was best, and the checkpoint that holds both."""
 
-    def __init__(self, model: nn.Module, stage: Stage, train: Split, val: Split, context: TrainContext, objective: Objective) -> None:
+    def __init__(
+        self, model: nn.Module, stage: Stage, train: Split, val: Split, context: TrainContext, objective: Objective,
+        rate_scales: Mapping[str, float],
+    ) -> None:  # fmt: skip
         self._stage, self._context, self._accelerator, self._objective = stage, context, context.accelerator, objective
         self._model = model.to(self._accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._train, self._val = train, val
+        self._train, self._val, self._rate_scales = train, val, rate_scales
         self._folder = context.work / stage.name
         self._state_file, self._start_file = self._folder / "state.safetensors", self._folder / "start.safetensors"
         self._key = self._digest()
@@ -89,6 +101,7 @@ class _Fit:
         self._best_state: dict[str, Tensor] = {}
         self._start: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
+        self._average: dict[str, Tensor] = {}
 
     def run(self, on_step: OnStep | None) -> FitResult:
         """Go through the learning rates that are left."""
@@ -118,18 +131,21 @@ class _Fit:
         """Train at one rate from its next epoch to its last, or until it diverges."""
         lr, first, n_steps = self._stage.learning_rates[self._rate], self._epoch, runner.steps_per_epoch
         optimizer = self._optimizer(lr)
+        average, self._average = MovingAverage(self._model, self._stage.ema, self._average), {}
         title = f"{self._stage.name}, learning rate {lr:g} ({self._rate + 1}/{len(self._stage.learning_rates)})"
         with self._context.task(title, self._stage.epochs * n_steps) as advance:
             advance(first * n_steps)
             for epoch in range(first, self._stage.epochs):
-                result = runner.train(optimizer, lr, epoch, advance)
-                found = runner.validate() if result.bad_step is None else None
+                result = runner.train(optimizer, lr, epoch, average, advance)
+                with average.shown():
+                    found = runner.validate() if result.bad_step is None else None
+                    if found is not None:
+                        self._record({"lr": lr, "epoch": epoch + 1, "train_loss": result.loss}, found)
                 if found is None:
                     last = (epoch + 1) * n_steps - 1  # The last step's update is what broke the scores.
-                    self._give_up(optimizer, epoch, last if result.bad_step is None else result.bad_step, self._stage.epochs * n_steps)
+                    self._give_up(epoch, last if result.bad_step is None else result.bad_step, self._stage.epochs * n_steps)
                     return
-                self._record({"lr": lr, "epoch": epoch + 1, "train_loss": result.loss}, found)
-                self._move_on(optimizer, epoch + 1)
+                self._move_on(epoch + 1, with_prefix("momentum", self._momentum_of(optimizer)) | with_prefix("average", average.values))
                 advance(0, note=f"epoch {epoch + 1}: {found}")
 
     def _optimizer(self, lr: float) -> torch.optim.Optimizer:
@@ -138,7 +154,11 @@ class _Fit:
             restore(self._model, self._start)
             self._set_scaler(self._first_scaler)
         trained = {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
-        sgd = torch.optim.SGD(trained.values(), lr=lr, momentum=self._stage.momentum, weight_decay=self._stage.weight_decay)
+        by_scale: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in trained.items():
+            by_scale.setdefault(self._rate_scales.get(name, 1.0), []).append(parameter)
+        groups = [{"params": parameters, "scale": scale} for scale, parameters in by_scale.items()]
+        sgd = torch.optim.SGD(groups, lr=lr, momentum=self._stage.momentum, weight_decay=self._stage.weight_decay)
         for name, buffer in self._momentum.items():
             sgd.state[trained[name]]["momentum_buffer"] = torch.empty_like(trained[name]).copy_(buffer)
         self._momentum = {}
@@ -156,8 +176,16 @@ class _Fit:
         if best is None or rank(row) > rank(best) or tie_won:
             self._best = row
             self._best_state = copy_of(state_of(self._model))
+        if self._stage.keep_rates and "train_loss" in row:
+            self._keep_of_rate(row)
 
-    def _give_up(self, optimizer: torch.optim.Optimizer, epoch: int, step: int, total: int) -> None:
+    def _keep_of_rate(self, row: dict[str, Any]) -> None:
+        """Write the weights of an epoch down if it is the best of its rate, the later one on ties."""
+        same_rate = [rank(other) for other in self._history if other["lr"] == row["lr"] and "train_loss" in other]
+        if rank(row) == max(same_rate) and self._accelerator.is_main_process:
+            write_checkpoint(rate_file(self._folder, self._rate), row, state_of(self._model))
+
+    def _give_up(self, epoch: int, step: int, total: int) -> None:
         """Leave this rate and say why; raise when it is the only one."""
         lr = self._stage.learning_rates[self._rate]
         text = f"{self._stage.name}: the loss is not finite at step {step + 1} of {total} with learning rate {lr:g}"
@@ -165,7 +193,7 @@ class _Fit:
             raise self._failure(text)
         self._context.say(f"{text}; going on with the other rates")
         self._history.append({"lr": lr, "epoch": epoch + 1, "non_finite_step": step + 1})
-        self._move_on(optimizer, self._stage.epochs)
+        self._move_on(self._stage.epochs, {})
 
     def _failure(self, text: str) -> TrainingError:
         """The error to raise, with the last good weights put back into the model."""
@@ -190,12 +218,12 @@ class _Fit:
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def _move_on(self, optimizer: torch.optim.Optimizer, next_epoch: int) -> None:
-        """Advance to `next_epoch`, or past the last one to the next rate, and save."""
+    def _move_on(self, next_epoch: int, training: dict[str, Tensor]) -> None:
+        """Advance to `next_epoch`, or past the last one to the next rate, and save; `training` is what goes on within a rate."""
         tensors = with_prefix("best", self._best_state)
         if next_epoch < self._stage.epochs:
             self._epoch = next_epoch
-            tensors |= with_prefix("model", state_of(self._model)) | with_prefix("momentum", self._momentum_of(optimizer))
+            tensors |= with_prefix("model", state_of(self._model)) | training
         else:
             self._rate, self._epoch = self._rate + 1, 0
         self._save(tensors, None)
@@ -247,7 +275,7 @@ class _Fit:
         self._best_state = under_prefix("best", tensors)
         if self._epoch > 0:
             restore(self._model, under_prefix("model", tensors))
-            self._momentum = under_prefix("momentum", tensors)
+            self._momentum, self._average = under_prefix("momentum", tensors), under_prefix("average", tensors)
             self._set_scaler(note["scaler"])
         if self._rate < len(self._stage.learning_rates):
             lr = self._stage.learning_rates[self._rate]

@@ -20,6 +20,7 @@ class ExportResult:
     """What an export made: `path` is its directory, `summary` is for machines, `lines` are for people.
 
     `graph` is the network in it: the artifact's, or, where it is `converted`, one with other integers than the run was measured with.
+    `not_run` says why it was written but cannot be run on this machine.
     """
 
     target: str
@@ -28,6 +29,7 @@ class ExportResult:
     summary: dict[str, Any]
     lines: tuple[str, ...]
     converted: bool = False
+    not_run: str = ""
 
 
 class Runtime(LayerRunner, Protocol):
@@ -61,6 +63,7 @@ class ExportTarget(Protocol):
 
 TARGETS = Registry(
     "export target",
+    Entry("c", "freestanding C99 bundle: no libc, no allocation, one arena", "edgeft.export.c_bundle:TARGET"),
     Entry("onnx", "QDQ ONNX for ONNX Runtime, every layer fused to an 8-bit operator", "edgeft.export.onnx_qdq:TARGET"),
     Entry("onnx-int", "integer-only ONNX: 8-bit products, shifts and clips, as a proof; slow", "edgeft.export.onnx_int:TARGET"),
     Entry("trt", "int8 Q/DQ ONNX for TensorRT and TensorRT-RTX, with the script that builds the engine", "edgeft.export.trt_qdq:TARGET"),

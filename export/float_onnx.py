@@ -66,8 +66,8 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has n
     """Normalised images, one at a time."""
 
     def __init__(self, name: str, images: NDArray[np.float32]) -> None:
-        self._name, self._images = name, iter(images)
-        self._images: Iterator[NDArray[np.float32]]
+        self._name = name
+        self._images: Iterator[NDArray[np.float32]] = iter(images)
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
         """The next input, or None at the end."""

@@ -9,6 +9,11 @@ def include_dir() -> Path:
     return _root() / "include"
 
 
+def source(name: str) -> Path:
+    """The file of a kernel: source("conv2d.c") holds edgeft_conv2d."""
+    return _root() / "src" / name
+
+
 def sources() -> list[Path]:
     """Every C file and header, sorted by name."""
     return sorted(_root().rglob("*.[ch]"))

@@ -18,6 +18,10 @@ NEEDED = (
     "edgeft/quant/__init__.py",
     "edgeft/export/__init__.py",
     "edgeft/kernels/__init__.py",
+    "edgeft/kernels/include/edgeft_kernels.h",
+    "edgeft/kernels/src/conv2d.c",
+    "edgeft/export/templates/main.c",
+    "edgeft/export/templates/Makefile.in",
     "edgeft/micro/__init__.py",
 )
 PROBE = """

@@ -24,9 +24,20 @@ LEVELS = {
     "edgeft.graph": 1, "edgeft.quant.formats": 1, "edgeft.artifact": 1, "edgeft.config": 1, "edgeft.runner": 1, "edgeft.data": 1,
     "edgeft.methods": 1, "edgeft.quant": 1, "edgeft.quant.calibration": 1, "edgeft.quant.tracing": 1, "edgeft.quant.backbones": 1,
     "edgeft.quant.recipes": 1, "edgeft.show": 1, "edgeft.show_formats": 1, "edgeft.show_saturation": 1,
+    "edgeft.bench": 1, "edgeft.bench.numbers": 1, "edgeft.bench.timing": 1, "edgeft.bench.machine": 2, "edgeft.bench.store": 2,
+    "edgeft.bench.results": 2, "edgeft.bench.text": 2, "edgeft.bench.plots": 2, "edgeft.bench.page": 2,
+    "edgeft.bench.opening": 4, "edgeft.bench.memory": 4, "edgeft.bench.peers": 4, "edgeft.bench.scoring": 4,
+    "edgeft.bench.candidates": 4, "edgeft.bench.measuring": 4, "edgeft.benching": 4,
     "edgeft.interpret": 2, "edgeft.kernels": 2, "edgeft.doctor": 2,
+    "edgeft.selfcheck": 2, "edgeft.diagnosis": 0, "edgeft.diagnosis.intervals": 1, "edgeft.diagnosis.effective": 1,
+    "edgeft.diagnosis.points": 1, "edgeft.diagnosis.quantization": 1, "edgeft.diagnosis.effective_text": 1, "edgeft.diagnosis.report": 1,
+    "edgeft.diagnosing": 4,
+    "edgeft.evaluation": 0, "edgeft.evaluation.metrics": 1, "edgeft.evaluation.paired": 1, "edgeft.evaluation.calibration": 1,
+    "edgeft.evaluation.detection": 1, "edgeft.evaluation.filters": 1, "edgeft.evaluation.weather": 1, "edgeft.evaluation.corruptions": 1,
+    "edgeft.evaluation.labelmaps": 1, "edgeft.evaluation.results": 1, "edgeft.evaluation.rendering": 1, "edgeft.evaluating": 4,
     "edgeft.exporting": 4, "edgeft.sweeping": 4, "edgeft.verifying": 4, "edgeft.pipeline": 4, "edgeft.predicting": 4,
-    "edgeft.cli": 5, "edgeft.cli_app": 5, "edgeft.cli_measure": 5, "edgeft.__main__": 5,
+    "edgeft.reprobing": 4,
+    "edgeft.cli": 5, "edgeft.cli_app": 5, "edgeft.cli_measure": 5, "edgeft.cli_report": 5, "edgeft.__main__": 5,
 }  # fmt: skip
 OTHERS = 3
 """Level of edgeft.export.* and of every module of the training half."""

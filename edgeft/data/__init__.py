@@ -25,16 +25,27 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """One named part of a dataset. `name` is "train", "val", "id" or the name of a shifted set; `note` explains a shift."""
+    """One named part of a dataset. `name` is "train", "val", "id" or the name of a shifted set; `note` explains a shift.
+
+    `groups` number the group of each image within the data (where they were taken, say), where the data name groups.
+    """
 
     name: str
     kind: SplitKind
     images: ImageSource
     labels: NDArray[np.int64]
     note: str = ""
+    groups: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def strata(self) -> NDArray[np.int64]:
+        """A number for each image: the same for images of the same class and, where there are groups, of the same group."""
+        columns = [self.labels] if self.groups is None else [self.labels, self.groups]
+        strata: NDArray[np.int64] = np.unique(np.stack(columns), axis=1, return_inverse=True)[1].reshape(-1)
+        return strata
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from edgeft.data.decode import SHORT_SIDE
 from edgeft.data.preprocess import REDUCING_GAP, Augmentation, Preprocessing, augment, mirror, prepare, shrink
 from edgeft.data.unlabelled import load_unlabelled
 from edgeft.errors import ConfigError, DataError
+from edgeft.evaluation.sets import read_groups
 from edgeft.progress import Progress
 from edgeft.registry import nearest
 
@@ -34,10 +35,13 @@ def load_dataset(config: Config, progress: Progress | None = None, *, training: 
     """The dataset that `data.source` names: a registered one, drawn by the run's seed, or a class-per-folder tree.
 
     A registered name wins over a folder of the same name (write "./shapes" for the folder). With `training`, the images of
-    quant.unlabelled are in it. Raises ConfigError for an unknown name and for shifted folders beside a registered dataset, DataError
-    for a folder that does not fit.
+    quant.unlabelled and the training images' groups of train.groups are in it. Raises ConfigError for an unknown name and for shifted
+    folders beside a registered dataset, DataError for a folder or a CSV that does not fit.
     """
     dataset = _labelled(config, progress)
+    if training and config.train.groups is not None:
+        groups = read_groups(config.train.groups.expanduser(), dataset.train, dataset.classes)
+        dataset = replace(dataset, train=replace(dataset.train, groups=np.unique(groups, return_inverse=True)[1].astype(np.int64)))
     if not (training and config.quant.unlabelled):
         return dataset
     split, notes = load_unlabelled(config.quant.unlabelled, short_side(config), progress or Progress(enabled=False))

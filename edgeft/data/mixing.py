@@ -41,12 +41,14 @@ class _JoinedImages:
 
 def selected(split: Split, indices: NDArray[np.int64]) -> Split:
     """The images of a split at the given places, in that order."""
-    return replace(split, images=_SelectedImages(split.images, indices), labels=split.labels[indices])
+    groups = None if split.groups is None else split.groups[indices]
+    return replace(split, images=_SelectedImages(split.images, indices), labels=split.labels[indices], groups=groups)
 
 
 def joined(first: Split, second: Split) -> Split:
-    """Both splits as one, of the kind and the name of the first."""
-    return replace(first, images=_JoinedImages(first.images, second.images), labels=np.concatenate([first.labels, second.labels]))
+    """Both splits as one, of the kind and the name of the first; without groups."""
+    labels = np.concatenate([first.labels, second.labels])
+    return replace(first, images=_JoinedImages(first.images, second.images), labels=labels, groups=None)
 
 
 def divided(split: Split, share: float, seed: int) -> tuple[Split, Split]:

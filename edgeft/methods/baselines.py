@@ -1,8 +1,11 @@
-"""The two baselines of LP-FT: linear probe only, and full fine-tuning only."""
+"""The two baselines of LP-FT: linear probe only, and full fine-tuning only; and the stages that other methods are made of."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from edgeft.config import Config
+from edgeft.config import Config, TrainConfig
+from edgeft.errors import ConfigError
 from edgeft.methods import Stage
 
 SHAPES_PENALTIES = (1e-1, 1e-2)
@@ -13,6 +16,8 @@ RATES = (3e-3, 1e-2, 3e-2)
 """Learning rates of full fine-tuning."""
 SHAPES_EPOCHS, EPOCHS = 40, 8
 """Epochs for 'shapes', whose 100 training images make an epoch of four steps, and for other data."""
+NEUTRAL: dict[str, Any] = {"l2sp": 0.0, "freeze_k": 0, "layer_decay": 1.0, "ema": 0.0, "label_smoothing": 0.0, "mixup": 0.0}
+"""Settings of fine-tuning that change nothing; a method may have others, and the configuration has the last word."""
 
 
 def epochs_of(config: Config) -> int:
@@ -32,33 +37,49 @@ def probe_stage(config: Config) -> Stage:
     )
 
 
+def fine_tune_stage(config: Config, rates: tuple[float, ...], batch_norm: Literal["frozen", "train"], own: Mapping[str, Any]) -> Stage:
+    """An SGD stage: what the configuration says, else the method's `own` settings (names of Stage), else the neutral ones.
+
+    Raises ConfigError for settings that contradict one another.
+    """
+    train = config.train
+    given = {key: value for key in NEUTRAL if (value := getattr(train, key)) is not None}
+    return Stage(
+        name="fine-tune",
+        solver="sgd",
+        epochs=epochs_of(config),
+        learning_rates=train.lr if train.lr is not None else rates,
+        batch_norm=batch_norm,
+        momentum=train.momentum,
+        weight_decay=train.weight_decay,
+        layers=train.layers,
+        sampler=train.sampler,
+        **{**NEUTRAL, **own, **given},
+    )
+
+
 @dataclass(frozen=True)
 class LinearProbe:
     """Fit the head to frozen features and leave the backbone alone."""
 
     def stages(self, config: Config) -> list[Stage]:
-        """One probe."""
+        """One probe. Raises ConfigError for settings of fine-tuning, which it does not do."""
+        fields = TrainConfig.model_fields
+        given = [f"train.{key}" for key in (*NEUTRAL, "layers", "sampler") if getattr(config.train, key) != fields[key].default]
+        if given:
+            raise ConfigError(f"method 'lp' fits the head alone, and {', '.join(given)} is about fine-tuning", "--method lpft fine-tunes")
         return [probe_stage(config)]
 
 
 @dataclass(frozen=True)
 class FullFineTuning:
-    """Train everything from a fresh head, batch-norm statistics included."""
+    """Train everything from a fresh head, batch-norm statistics included; `own` are settings of a method that differs."""
+
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     def stages(self, config: Config) -> list[Stage]:
         """One SGD stage in training mode."""
-        train = config.train
-        return [
-            Stage(
-                name="fine-tune",
-                solver="sgd",
-                epochs=epochs_of(config),
-                learning_rates=train.lr if train.lr is not None else RATES,
-                batch_norm="train",
-                momentum=train.momentum,
-                weight_decay=train.weight_decay,
-            )
-        ]
+        return [fine_tune_stage(config, RATES, "train", self.own)]
 
 
 LINEAR_PROBE = LinearProbe()

@@ -4,11 +4,13 @@ Kumar, Raghunathan, Jones, Ma, Liang: "Fine-Tuning can Distort Pretrained Featur
 ICLR 2022. The second stage keeps the net in eval mode, as the paper's headline variant does.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from edgeft.config import Config
 from edgeft.methods import Stage
-from edgeft.methods.baselines import epochs_of, probe_stage
+from edgeft.methods.baselines import fine_tune_stage, probe_stage
 
 RATES = (3e-4, 1e-3, 3e-3)
 """A tenth of full fine-tuning's: the probe has done most of the work, and a larger rate distorts the features again."""
@@ -16,23 +18,18 @@ RATES = (3e-4, 1e-3, 3e-3)
 
 @dataclass(frozen=True)
 class LinearProbeThenFineTuning:
-    """Probe the frozen features, copy the probe into the head, fine-tune everything with frozen batch norm."""
+    """Probe the frozen features, copy the probe into the head, fine-tune everything with frozen batch norm.
+
+    Methods that differ have settings of their `own` (names of Stage), other learning `rates`, or stages that come `after`.
+    """
+
+    own: Mapping[str, Any] = field(default_factory=dict)
+    rates: tuple[float, ...] = RATES
+    after: tuple[Stage, ...] = ()
 
     def stages(self, config: Config) -> list[Stage]:
-        """The probe and one SGD stage in eval mode."""
-        train = config.train
-        return [
-            probe_stage(config),
-            Stage(
-                name="fine-tune",
-                solver="sgd",
-                epochs=epochs_of(config),
-                learning_rates=train.lr if train.lr is not None else RATES,
-                batch_norm="frozen",
-                momentum=train.momentum,
-                weight_decay=train.weight_decay,
-            ),
-        ]
+        """The probe, one SGD stage in eval mode, and what comes after."""
+        return [probe_stage(config), fine_tune_stage(config, self.rates, "frozen", self.own), *self.after]
 
 
 LP_FT = LinearProbeThenFineTuning()

@@ -87,6 +87,12 @@ class EdgeftMicro(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Names of parameters by layer, as timm groups its own nets': stem, stages (`coarse`) or blocks, last convolution, head."""
+        owners = [stage for stage, (_, _, repeats, _) in enumerate(STAGES) for _ in range(repeats)] if coarse else range(len(self.blocks))
+        blocks = [(rf"^blocks\.{block}\.", (owner,)) for block, owner in enumerate(owners)]
+        return {"stem": r"^conv_stem|^bn_stem", "blocks": [*blocks, (r"^conv_head|^bn_head", (len(blocks),))]}
+
     def get_classifier(self) -> nn.Module:
         """The last layer: linear, or identity without classes."""
         return self.classifier

@@ -46,9 +46,10 @@ static inline int32_t edgeft_saturate(int32_t value, int32_t low, int32_t high)
 
 /* Accumulator to output code: one rounding shift, then saturation (eq. 4)
  *
- * Range:       shift -30 ... 31; a negative one multiplies by 2^-shift. low <= 0 <= high, low >= -2^30.
- * Saturation:  to low ... high: -128 ... 127 signed, 0 ... 255 unsigned, 0 ... high after a ReLU.
- * No overflow: a left shift saturates before it multiplies; acc * 2^n > high exactly when acc > floor(high / 2^n).
+ * Range:       shift -30 ... 31; a negative one multiplies by 2^-shift. low <= 0 <= high.
+ * Saturation:  to low ... high: -128 ... 127 signed, 0 ... 255 unsigned, 0 ... high after a ReLU, 32 bits for accumulators.
+ * No overflow: a left shift saturates before it multiplies; acc * 2^n > high exactly when acc > floor(high / 2^n), and acc * 2^n < low
+ *              exactly when acc < -floor(-low / 2^n), where -low may be 2^31 and therefore is unsigned.
  */
 static inline int32_t edgeft_requantize(int32_t acc, int32_t shift, int32_t low, int32_t high)
 {
@@ -58,7 +59,7 @@ static inline int32_t edgeft_requantize(int32_t acc, int32_t shift, int32_t low,
     if (acc > (high >> -shift)) {
         return high;
     }
-    if (acc < -(-low >> -shift)) {
+    if (acc < -(int32_t)((UINT32_C(0) - (uint32_t)low) >> -shift)) {
         return low;
     }
     return acc * (int32_t)(UINT32_C(1) << -shift);

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgeft.export.c_bundle import write_bundle
+from edgeft.export.c_runner import CRunner
 from edgeft.export.onnx_qdq import build_model
 from edgeft.export.onnx_writer import zero_points
 from edgeft.export.ort_runner import OnnxRunner
@@ -65,6 +67,16 @@ def test_graph(name: str, tmp_path: Path) -> None:
     for runner in (Interpreter(graph), OnnxRunner(path, 1), OnnxRunner(path, 1, optimise=False)):
         layers = runner.layers(images)
         assert {layer: codes.tolist() for layer, codes in layers.items()} == case["layers"], runner.name
+
+
+@pytest.mark.cc
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graph_in_c(name: str, tmp_path: Path, compiler: str) -> None:
+    case = GOLDEN[name]
+    graph, images = load_graph(case), np.array(case["images"], np.uint8)
+    write_bundle(graph, images, tmp_path)
+    layers = CRunner(tmp_path).layers(images)
+    assert {layer: codes.tolist() for layer, codes in layers.items()} == case["layers"]
 
 
 def test_the_cases_cover_the_edges() -> None:

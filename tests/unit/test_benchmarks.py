@@ -12,16 +12,19 @@ import onnx
 import pytest
 import torch
 
-from benchmarks import latency, peers, runs, shapes_methods, throughput
+from benchmarks import latency, runs, shapes_methods, throughput
 from benchmarks.__main__ import app, main
-from benchmarks.nets import Case, chosen, random_classifier, random_images, shuffled
+from benchmarks.nets import Case, chosen, random_classifier, random_images
 from benchmarks.record import Machine, cpu_name, write
 from benchmarks.tables import Result, fill, page
 from edgeft.artifact import write_artifact
+from edgeft.bench import peers
+from edgeft.bench.timing import shuffled
 from edgeft.config import Config, build_config
 from edgeft.data import Dataset
 from edgeft.errors import ArtifactError, ConfigError, UnsupportedError, VerificationError
 from edgeft.evaluate import evaluate
+from edgeft.export import float_onnx
 from edgeft.methods import METHODS
 from edgeft.methods.run import run_stages
 from edgeft.models import Classifier, build_classifier
@@ -137,7 +140,7 @@ def test_float_peer_is_the_torch_net(backbone: str, tmp_path: Path) -> None:
     images = planes(3, 32)
     with torch.inference_mode():
         expected = classifier(torch.from_numpy(images)).numpy()
-    found = peers.session(file, 1).run(None, {"image": peers.normalised(classifier, images)})[0]
+    found = float_onnx.session(file, 1).run(None, {"image": peers.normalised(classifier, images)})[0]
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
     assert peers.check_float_peer(classifier, file, images) <= 1e-4
     assert np.abs(expected).max() > 0.1  # or the comparison would say nothing
@@ -162,8 +165,8 @@ def test_a_step_without_a_float_form_is_named() -> None:
 def test_the_quantized_peer_is_close_to_the_float_one(micro: Classifier, tmp_path: Path) -> None:
     inputs = peers.normalised(micro, planes(8, 48))
     peers.float_peer(micro, tmp_path / "float.onnx")
-    peers.quantized_peer(tmp_path / "float.onnx", tmp_path / "int8.onnx", inputs)
-    scores = [peers.session(tmp_path / name, 1).run(None, {"image": inputs})[0] for name in ("float.onnx", "int8.onnx")]
+    float_onnx.quantize_statically(tmp_path / "float.onnx", tmp_path / "int8.onnx", inputs)
+    scores = [float_onnx.session(tmp_path / name, 1).run(None, {"image": inputs})[0] for name in ("float.onnx", "int8.onnx")]
     assert np.corrcoef(scores[0].ravel(), scores[1].ravel())[0, 1] > 0.9
     operators = {node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from edgeft.data.mixing import joined, selected
 from edgeft.errors import ConfigError
-from edgeft.feed import epoch_steps, share, split_share
+from edgeft.feed import balanced_order, epoch_steps, share, split_share
 from tests.tiny import DATA
 
 
@@ -32,3 +35,34 @@ def test_shares_of_a_split_cover_it_exactly() -> None:
     assert sum(map(len, parts)) == len(DATA.val)
     assert parts[1].labels.tolist() == DATA.val.labels[1::4].tolist()
     assert np.array_equal(parts[1].images.image(2), DATA.val.images.image(9))
+
+
+def test_balanced_draws_every_class_equally_often_and_all_its_images() -> None:
+    labels = np.array([0] * 30 + [1] * 6 + [2] * 5)
+    order = balanced_order(labels, seed=1)
+    assert len(order) == len(labels)
+    assert sorted(np.bincount(labels[order])) == [13, 14, 14]
+    assert set(order[labels[order] > 0]) == set(range(30, 41)), "a rare class shows all its images before one comes again"
+    draws = np.bincount(order, minlength=41)
+    assert draws[:30].max() == 1
+    assert {*draws[30:]} <= {2, 3}
+    assert np.array_equal(order, balanced_order(labels, seed=1))
+    assert not np.array_equal(order, balanced_order(labels, seed=2))
+    steps = epoch_steps(41, 8, 1, seed=1, strata=labels)
+    assert [index for step in steps for index in step[0]] == order.tolist()
+
+
+def test_more_classes_than_draws_of_each() -> None:
+    assert sorted(balanced_order(np.arange(7), seed=0)) == list(range(7))
+
+
+def test_strata_are_classes_or_groups_within_them() -> None:
+    labels = np.array([0, 1, 0, 1, 1])
+    plain = replace(DATA.train, labels=labels)
+    grouped = replace(plain, groups=np.array([5, 5, 6, 6, 5]))
+    assert plain.strata.tolist() == [0, 1, 0, 1, 1]
+    assert grouped.strata.tolist() == [0, 2, 1, 3, 2]
+    chosen = selected(grouped, np.array([3, 0]))
+    assert chosen.groups is not None
+    assert chosen.groups.tolist() == [6, 5]
+    assert joined(grouped, plain).groups is None

@@ -39,6 +39,7 @@ FORMATS = [
     (FixedPointFormat(8, 0, signed=True), False),
     (FixedPointFormat(8, 0, signed=True), True),
     (FixedPointFormat(8, 0, signed=False), True),
+    (FixedPointFormat(32, 0, signed=True), False),
 ]
 
 
@@ -64,7 +65,7 @@ def test_round_shift_equals_python_on_every_edge_and_shift(native: Callable[[str
         assert np.array_equal(native("round_shifts")(EDGES, shift), round_shift(EDGES.astype(np.int64), shift)), shift
 
 
-@pytest.mark.parametrize(("fmt", "relu"), FORMATS, ids=["s8", "s8-relu", "u8"])
+@pytest.mark.parametrize(("fmt", "relu"), FORMATS, ids=["s8", "s8-relu", "u8", "s32"])
 def test_requantize_equals_python_on_every_edge_and_shift(native: Callable[[str], Call], fmt: FixedPointFormat, relu: bool) -> None:
     low = 0 if relu else fmt.min_code
     for shift in range(-30, 32):
@@ -84,5 +85,7 @@ def test_requantize_equals_python_on_random_accumulators(
 
 
 def test_the_header_is_in_the_package() -> None:
-    assert [path.name for path in kernels.sources()] == ["edgeft_fixedpoint.h"]
-    assert kernels.include_dir() == Path(kernels.sources()[0]).parent
+    names = [path.name for path in kernels.sources()]
+    assert {"edgeft_fixedpoint.h", "edgeft_kernels.h", "conv2d.c"} <= set(names)
+    assert kernels.include_dir() == Path(kernels.sources()[names.index("edgeft_fixedpoint.h")]).parent
+    assert kernels.source("conv2d.c") in kernels.sources()

@@ -13,11 +13,14 @@ def stages(method: str, **flags: Any) -> list[Stage]:
 
 
 def test_the_methods_and_their_stages() -> None:
-    assert METHODS.names() == ["ft", "lp", "lpft"]
-    assert [[(stage.name, stage.solver) for stage in stages(name)] for name in METHODS.names()] == [
+    names = ["bang", "ema", "freeze", "ft", "l2sp", "layer-decay", "lp", "lpft", "norm-tune", "soup", "surgical", "wise"]
+    assert METHODS.names() == names
+    assert [[(stage.name, stage.solver) for stage in stages(name)] for name in ("ft", "lp", "lpft", "wise", "soup")] == [
         [("fine-tune", "sgd")],
         [("probe", "lbfgs")],
         [("probe", "lbfgs"), ("fine-tune", "sgd")],
+        [("probe", "lbfgs"), ("fine-tune", "sgd"), ("wise", "wise")],
+        [("probe", "lbfgs"), ("fine-tune", "sgd"), ("soup", "soup")],
     ]
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from edgeft.data import NO_LABEL, Split
 from edgeft.errors import ArtifactError
 from edgeft.methods import Stage
-from edgeft.objective import Distillation, Labels, Objective, Validation, divergence, rank
+from edgeft.objective import L2SP, Distillation, Labels, Objective, Validation, divergence, rank
 from edgeft.train import FitResult, fit
 from tests.tiny import DATA, TinyNet, context, same, tensors
 
@@ -56,6 +56,56 @@ def test_labels_are_summed_cross_entropy_and_have_no_teacher() -> None:
     assert float(Labels().loss(torch.empty(0), logits, labels)) == pytest.approx(5 * float(cross_entropy(logits, labels)), rel=1e-6)
     objective: Objective = Labels()
     assert objective.compare(torch.empty(0), logits) is None
+
+
+def test_smoothed_labels_share_the_loss_among_all_classes() -> None:
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    targets = 0.7 * nn.functional.one_hot(labels, 3) + 0.1
+    expected = -(targets * logits.log_softmax(1)).sum()
+    torch.testing.assert_close(Labels(0.3).loss(torch.empty(0), logits, labels), expected)
+
+
+class Renamed(nn.Module):
+    """A body, and a head whose name says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.fc(x))
+        return logits
+
+
+def test_l2sp_is_nothing_at_the_start_and_pulls_everything_but_the_head_back() -> None:
+    model, weight = Renamed(), 0.3
+    objective = L2SP(Labels(), model, model.last, weight)
+    images, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    assert float(objective.penalty().detach()) == 0.0
+    logits = model(images)
+    assert torch.equal(objective.loss(images, logits, labels), Labels().loss(images, logits, labels))
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape))
+    objective.penalty().backward()
+    for name, parameter in model.fc.named_parameters():
+        torch.testing.assert_close(parameter.grad, 2 * weight * (parameter - start[f"fc.{name}"]).detach())
+    assert all(parameter.grad is None for parameter in model.last.parameters())
+    moved = sum(float((value.detach() - start[f"fc.{name}"]).square().sum()) for name, value in model.fc.named_parameters())
+    loss = objective.loss(images, logits.detach(), labels) - Labels().loss(images, logits.detach(), labels)
+    assert float(loss.detach()) == pytest.approx(5 * weight * moved, rel=1e-5)
+
+
+def test_l2sp_holds_the_body_nearer_to_its_start(tmp_path: Path) -> None:
+    distances = []
+    for weight in (0.0, 1.0):
+        model = TinyNet()
+        start, stage = tensors(model), Stage("tune", "sgd", epochs=2, learning_rates=(0.1,), momentum=0.9)
+        fit(model, stage, DATA.train, DATA.val, context(tmp_path / str(weight)), objective=L2SP(Labels(), model, model.head, weight))
+        distances.append(sum(float((value.detach() - start[f"body.{name}"]).norm()) for name, value in model.body.named_parameters()))
+    assert distances[1] < 0.5 * distances[0]
 
 
 def test_gradients_are_the_difference_of_probabilities() -> None:

@@ -15,7 +15,7 @@ from edgeft.errors import TrainingError
 from edgeft.methods import METHODS, Stage
 from edgeft.methods.run import run_stages
 from edgeft.models import Classifier
-from edgeft.probe import Features, LinearHead, _LogisticRegression, fit_probe, scalar_moments, unnormalised, with_absent_classes
+from edgeft.probe import Features, LinearHead, LogisticRegression, fit_probe, scalar_moments, unnormalised, with_absent_classes
 from tests.tiny import PREPROCESSING, context, dataset, same, split, tensors
 
 DATA = dataset(n_train=60, n_val=41)
@@ -41,7 +41,7 @@ def random_features(n: int = 200, d: int = 5, n_classes: int = 3) -> Features:
 
 def solved(features: Features, penalty: float) -> LinearHead:
     mean, std = scalar_moments(features.values)
-    problem = _LogisticRegression(features, torch.unique(features.labels), mean, std)
+    problem = LogisticRegression(features, torch.unique(features.labels), mean, std)
     problem.solve(penalty, 500)
     return LinearHead(problem.weight, problem.bias)
 
@@ -59,7 +59,7 @@ def test_the_solution_is_stationary_for_autograd(penalty: float) -> None:
     assert bias.grad is not None
     assert float(weight.grad.abs().max()) < 1e-5
     assert float(bias.grad.abs().max()) < 1e-5
-    value, weight_gradient, _ = _LogisticRegression(features, torch.arange(3), mean, std)._evaluate(head.weight + 0.1, head.bias, penalty)
+    value, weight_gradient, _ = LogisticRegression(features, torch.arange(3), mean, std)._evaluate(head.weight + 0.1, head.bias, penalty)
     moved = (head.weight + 0.1).requires_grad_()
     wanted = nn.functional.cross_entropy(x @ moved.T + head.bias, features.labels) + penalty / 2 * moved.square().sum()
     wanted.backward()

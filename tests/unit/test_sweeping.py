@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from edgeft.artifact import write_artifact
+from edgeft.artifact import runs_of_sweep, write_artifact
 from edgeft.config import Config
 from edgeft.errors import ConfigError
 from edgeft.report import EvalReport, ModelResult, SplitResult
-from edgeft.sweeping import SweepReport, grid, read_runs, sweep
+from edgeft.sweeping import SweepReport, grid, sweep
 
 
 class FakeEdgeft:
@@ -84,7 +84,7 @@ def test_every_run_is_made_once_and_tabulated(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "sweep.json").read_text())["complete"] is True
     with (tmp_path / "sweep.csv").open(newline="") as file:
         assert [row[0] for row in csv.reader(file)] == ["run", "lp-0", "lp-1", "lpft-0", "lpft-1"]
-    assert read_runs(tmp_path) == report.runs
+    assert runs_of_sweep(tmp_path) == report.runs
     again = FakeEdgeft()
     assert sweep(configs(tmp_path), tmp_path, command=again).complete
     assert again.calls == []

@@ -21,6 +21,7 @@ from edgeft.data.preprocess import Augmentation
 from edgeft.errors import ConfigError, TrainingError
 from edgeft.feed import epoch_steps, stream_seed
 from edgeft.methods import Stage
+from edgeft.objective import Labels
 from edgeft.progress import Progress
 from edgeft.train import fit, make_accelerator
 from tests.conftest import ROOT
@@ -144,6 +145,40 @@ def test_micro_batches_give_the_same_step(tmp_path: Path, accumulate: int) -> No
     assert parts.history[0]["train_loss"] == pytest.approx(whole.history[0]["train_loss"], rel=1e-5)
     for name, value in tensors(first).items():
         assert torch.allclose(tensors(second)[name].float(), value.float(), rtol=1e-4, atol=1e-6), name
+
+
+def test_mixed_images_have_the_labels_of_both(tmp_path: Path) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Watching(Labels):
+        def loss(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+            seen.append((images, labels))
+            return super().loss(images, logits, labels)
+
+    stage = Stage("tune", "sgd", epochs=1, learning_rates=(0.05,), mixup=1.0)
+    fit(TinyNet(), stage, DATA.train, DATA.val, context(tmp_path), objective=Watching())
+    pictures = torch.from_numpy(np.stack([DATA.train.images.image(i).transpose(2, 0, 1) for i in range(len(DATA.train))])).float()
+    assert len(seen) == 2 * 7, "two labels for each of seven steps"
+    n_mixed = 0
+    for (images, first), (same_images, second) in zip(seen[::2], seen[1::2], strict=True):
+        assert images is same_images
+        for mixed, left, right in zip(images, first, second, strict=True):
+            # The share of the first image is the one number that explains all pixels, whatever the pair.
+            pairs = [
+                (a, b) for a in pictures[DATA.train.labels == int(left)] for b in pictures[DATA.train.labels == int(right)]
+                if _explains(mixed, a, b)
+            ]  # fmt: skip
+            assert pairs
+            n_mixed += not any(torch.equal(mixed, a) for a in pictures)
+    assert n_mixed > 25
+
+
+def _explains(mixed: Tensor, a: Tensor, b: Tensor) -> bool:
+    difference = (a - b).flatten()
+    if not bool(difference.any()):
+        return torch.allclose(mixed, a, atol=1e-3)
+    share = float((mixed - b).flatten() @ difference / (difference @ difference))
+    return -1e-3 <= share <= 1 + 1e-3 and torch.allclose(mixed, share * a + (1 - share) * b, atol=1e-2)
 
 
 @pytest.mark.parametrize("augment", ["none", "flip"])

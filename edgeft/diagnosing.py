@@ -1,0 +1,252 @@
+"""diagnose() and effective_robustness(): what kind of shift two folders show, and whether runs are as robust as their ID accuracy says."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeft.artifact import Artifact
+from edgeft.bench.peers import float_classifier
+from edgeft.config import Config, DataConfig, ModelConfig
+from edgeft.data import Dataset, Split
+from edgeft.data.decode import SHORT_SIDE
+from edgeft.data.loading import short_side
+from edgeft.diagnosis.effective import EffectiveRobustness, against, fit_line
+from edgeft.diagnosis.points import choose_split, points_of, read_points
+from edgeft.diagnosis.quantization import QuantizationEffect, quantization_effect
+from edgeft.diagnosis.reading import PartlyLabelled, class_folders, read_folder
+from edgeft.diagnosis.report import Accuracy, Diagnosis, Parts
+from edgeft.diagnosis.seeing import look
+from edgeft.diagnosis.support import split_support
+from edgeft.errors import ArtifactError, ConfigError, DataError
+from edgeft.evaluate import Predictions
+from edgeft.export import TARGETS
+from edgeft.exporting import FIXED_POINT, FLOAT, dataset_of
+from edgeft.models import Classifier, build_classifier
+from edgeft.progress import Progress
+from edgeft.report import EvalReport
+from edgeft.runner import Runner
+from edgeft.show import exports
+
+_EXPORT = "onnx"
+_LISTED = 10
+
+
+def diagnose(
+    ref: Path | None,
+    shift: Path | str,
+    *,
+    run: Path | None = None,
+    backbone: ModelConfig | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Split the images of `shift` into those in and out of the support of `ref`, and measure a run on both parts.
+
+    With `run`, features are those of its float net, and accuracies are its float net's and, where it has an export "onnx", that
+    one's; `ref` None, or the folder that the run was trained on, stands for its ID test images, and `shift` may also name one of its
+    shifted splits. Without, features are those of a pretrained `backbone`, the bundled one for None, and there are no accuracies.
+    Folders may hold class folders, other folders and files: accuracy is measured where there are labels. `seed` draws the folds.
+
+    Raises DataError for folders that cannot be read, hold no or too few images, or are the same; ConfigError for a run beside a
+    backbone and for a backbone without weights; ArtifactError for a damaged run and for an export of another run.
+    """
+    progress = progress or Progress(False)
+    if run is not None:
+        if backbone is not None:
+            raise ConfigError("features come from the run or from a backbone, and both were given", "give one of them")
+        subject = _of_run(run)
+    else:
+        subject = _of_backbone(backbone or ModelConfig())
+    images = _images(ref, shift, subject, progress)
+    return _diagnosed(images, subject, seed, progress)
+
+
+def effective_robustness(baseline_csv: Path, runs: Sequence[Path], *, ood: str | None = None) -> EffectiveRobustness:
+    """Hold every model of runs (float, fixed point, exports) against the line of the baselines in a CSV file (name, id, ood, n_id, n_ood).
+
+    `ood` names the runs' shifted split that the file's column ood is about; it may be left out where the runs have only one. Raises
+    DataError for a file that does not serve, for fewer than five baselines, and for runs without that split; ArtifactError for a
+    damaged run. The rows of the file itself are what is compared where `runs` is empty.
+    """
+    baselines = read_points(baseline_csv)
+    line = fit_line(baselines)
+    if not runs:
+        return against(line, baselines)
+    reports = _reports(runs)
+    return against(line, points_of(reports, choose_split(reports, ood)))
+
+
+def quantization_robustness(runs: Sequence[Path], *, ood: str | None = None, model: str = FIXED_POINT) -> QuantizationEffect:
+    """Hold the fixed-point models of at least five runs against the line of their float models.
+
+    `ood` names the shifted split; it may be left out where there is only one. Raises DataError for too few runs or runs that were
+    measured on different images, ArtifactError for a damaged run.
+    """
+    reports = _reports(runs)
+    return quantization_effect(reports, choose_split(reports, ood), model)
+
+
+def _reports(runs: Sequence[Path]) -> dict[str, EvalReport]:
+    """Reports of runs by directory."""
+    return {str(run): Artifact.load(run).report() for run in runs}
+
+
+# What looks at the images
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The net that gives features, the models that are measured, and the run that they are of."""
+
+    classifier: Classifier
+    name: str
+    short_side: int
+    run: Artifact | None = None
+    export: Runner | None = None
+
+
+def _of_run(path: Path) -> _Subject:
+    artifact = Artifact.load(path)
+    config = Config.model_validate(artifact.manifest.config)
+    classifier = float_classifier(artifact)
+    name = f"{config.model.backbone}, fine-tuned in float by the run '{path}'"
+    return _Subject(classifier, name, short_side(config), artifact, _exported(artifact))
+
+
+def _exported(run: Artifact) -> Runner | None:
+    """The run's export "onnx", if there is one. Raises ArtifactError where it was made from another run."""
+    if _EXPORT not in exports(run):
+        return None
+    artifact = Artifact.load(run.path / "export" / _EXPORT)
+    if artifact.manifest.parent != run.digest:
+        raise ArtifactError(f"'{artifact.path}' was exported from another run than '{run.path}' now holds", f"edgeft export {run.path}")
+    runner: Runner = TARGETS.get(_EXPORT).load(artifact.path)
+    return runner
+
+
+def _of_backbone(model: ModelConfig) -> _Subject:
+    bundled = model.backbone == ModelConfig().backbone
+    if not (bundled or model.pretrained or model.weights):
+        raise ConfigError(
+            f"backbone '{model.backbone}' has no weights here: features of a random net say nothing about images",
+            "take pretrained ones (model.pretrained), a file of them (model.weights), or a run",
+        )
+    # The head is not looked at; two classes are the fewest that every backbone can be built with.
+    classifier = build_classifier(model, DataConfig(), 2, None, 0)
+    return _Subject(classifier, f"{model.backbone}, {'bundled' if bundled else 'pretrained'} weights", SHORT_SIDE)
+
+
+# What is looked at
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Both sets with their names, the folders of the shifted one that are no classes, and lines that the user should see."""
+
+    ref: Split
+    shift: Split
+    ref_name: str
+    shift_name: str
+    unknown: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def _images(ref: Path | None, shift: Path | str, subject: _Subject, progress: Progress) -> _Images:
+    """Read both sets: folders, or test splits of the run's own data."""
+    if subject.run is None:
+        if ref is None:
+            raise ConfigError("a reference folder is needed where no run is given", "give a folder of reference images, or a run")
+        return _of_folders(ref, Path(shift), class_folders(ref), subject, progress)
+    own_shift = any(split.kind == "ood" and split.split == str(shift) for model in subject.run.report().models for split in model.splits)
+    source = Config.model_validate(subject.run.manifest.config).data.source
+    own_ref = ref is None or ref.expanduser().resolve() == Path(source).expanduser().resolve()
+    classes = subject.run.manifest.classes
+    if not (own_shift or own_ref):
+        assert ref is not None
+        images = _of_folders(ref, Path(shift), classes, subject, progress)
+        return replace(images, notes=(*images.notes, *_trained_on(ref, source)))
+    dataset = _own_data(subject.run, progress)
+    own = {split.name: split for split in dataset.ood}
+    kept = "the reference are the run's ID test images: features of images that it was trained on would tell all others apart"
+    ref_set = PartlyLabelled(dataset.id_test, (), (kept,)) if own_ref else _read(ref, classes, subject, progress)
+    shift_set = PartlyLabelled(own[str(shift)], (), ()) if own_shift else _read(Path(shift), classes, subject, progress)
+    names = f"ID test images of '{source}'" if own_ref else f"'{ref}'", f"'{shift}'"
+    return _joined(ref_set, shift_set, *names)
+
+
+def _of_folders(ref: Path, shift: Path, classes: Sequence[str], subject: _Subject, progress: Progress) -> _Images:
+    if ref.expanduser().resolve() == shift.expanduser().resolve():
+        raise DataError(f"the shifted folder '{shift}' is the reference folder itself", "give a folder with other images")
+    return _joined(_read(ref, classes, subject, progress), _read(shift, classes, subject, progress), f"'{ref}'", f"'{shift}'")
+
+
+def _read(folder: Path | None, classes: Sequence[str], subject: _Subject, progress: Progress) -> PartlyLabelled:
+    assert folder is not None
+    return read_folder(folder.expanduser(), classes, subject.short_side, progress)
+
+
+def _joined(ref: PartlyLabelled, shift: PartlyLabelled, ref_name: str, shift_name: str) -> _Images:
+    notes = [*ref.notes, *shift.notes]
+    if ref.unknown:
+        notes.append(f"folders of the reference that are no classes of the run, taken without labels: {_names(ref.unknown)}")
+    if shift.unknown:
+        notes.append(f"shifted folders that are no classes of the reference, taken without labels: {_names(shift.unknown)}")
+    return _Images(ref.split, shift.split, ref_name, shift_name, shift.unknown, tuple(notes))
+
+
+def _trained_on(ref: Path, source: str) -> list[str]:
+    """A line where the reference folder lies in the training folder or holds it."""
+    given, trained = ref.expanduser().resolve(), Path(source).expanduser().resolve()
+    if given not in trained.parents and trained not in given.parents:
+        return []
+    return [
+        f"the run was trained on images in '{source}': what it has learned by heart makes other images look more different than they are"
+    ]
+
+
+def _own_data(run: Artifact, progress: Progress) -> Dataset:
+    dataset = dataset_of(run, Config.model_validate(run.manifest.config), progress)
+    if not isinstance(dataset, Dataset):
+        raise DataError(f"the run's own images cannot be used: {dataset}", "give folders of other images as reference and shift")
+    return dataset
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(f"'{name}'" for name in names[:_LISTED]) + more
+
+
+# Looking
+
+
+def _diagnosed(images: _Images, subject: _Subject, seed: int, progress: Progress) -> Diagnosis:
+    with progress.task("features", len(images.ref) + len(images.shift)) as advance:
+        own_name = FLOAT if subject.run is not None else None
+        ref, shift = (look(split, subject.classifier, own_name, subject.export, advance) for split in (images.ref, images.shift))
+    copies = np.unique([*ref.digests, *shift.digests], return_inverse=True)[1]
+    progress.line("cross-fit the classifier of reference and shifted images")
+    support = split_support(ref.features, shift.features, copies, seed)
+    n_common = int(np.isin(copies[len(images.ref) :], copies[: len(images.ref)]).sum())
+    notes = [*images.notes, *([f"{n_common} shifted images are also in the reference"] if n_common else [])]
+    outside = support.out_of_support
+    return Diagnosis(
+        ref=images.ref_name, shift=images.shift_name, backbone=subject.name, n_ref=len(images.ref), n_shift=len(images.shift),
+        n_outside=int(outside.sum()), n_ref_outside=int(support.ref_out_of_support.sum()),
+        auc=support.auc, auc_interval=support.auc_interval, unknown=images.unknown,
+        models=tuple(_parts(model, ref.tops[model], shift.tops[model], images, outside) for model in ref.tops), notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _parts(model: str, ref: Predictions, shift: Predictions, images: _Images, outside: NDArray[np.bool_]) -> Parts:
+    everything = np.ones(len(shift), bool)
+    of_shift = (_accuracy(shift, images.shift, chosen) for chosen in (everything, ~outside, outside))
+    return Parts(model, _accuracy(ref, images.ref, np.ones(len(ref), bool)), *of_shift)
+
+
+def _accuracy(top: Predictions, split: Split, chosen: NDArray[np.bool_]) -> Accuracy:
+    """Over the chosen images that have a label."""
+    counted = chosen & (split.labels >= 0)
+    return Accuracy(int((top == split.labels)[counted].sum()), int(counted.sum()))
