@@ -20,7 +20,7 @@ from edgeft.errors import VerificationError
 from edgeft.export.float_onnx import quantize_statically, session
 from edgeft.export.onnx_nodes import INPUT
 from edgeft.export.onnx_qdq import build_model
-from edgeft.export.openvino_runner import OpenVinoRunner
+from edgeft.export.openvino_runner import OpenVinoRunner, signal_stack_kept
 from edgeft.export.ort_runner import OnnxRunner
 from edgeft.export.verify import verify
 from edgeft.graph import IntegerGraph
@@ -107,7 +107,8 @@ def _call(file: Path, batch: NDArray[Any], threads: int) -> Call:
 
 def _openvino_call(file: Path, batch: NDArray[Any], threads: int) -> Call:
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(file, "CPU", settings).create_infer_request()
+    with signal_stack_kept():
+        request = openvino.Core().compile_model(file, "CPU", settings).create_infer_request()
     return lambda: request.infer([batch], share_inputs=True)
 
 

@@ -1,6 +1,10 @@
 """Run an exported ONNX file on OpenVINO's CPU plugin: a second opinion on every integer, and a fast runtime."""
 
+import ctypes
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,28 @@ _ARITHMETIC = frozenset({"Convolution", "FullyConnected", "MatMul", "Eltwise", "
 _INTEGER = frozenset({"i8", "u8"})
 
 
+class _SignalStack(ctypes.Structure):
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def signal_stack_kept() -> Iterator[None]:
+    """Keep the alternative signal stack of this thread (Linux).
+
+    OpenVINO 2026.4 sets one when it compiles or runs a model, and frees it later without taking it back: the next signal with a handler,
+    such as that of a child process that ends, would then kill the process.
+    """
+    change = getattr(ctypes.CDLL(None), "sigaltstack", None) if sys.platform == "linux" else None
+    before = _SignalStack()
+    if change is not None:
+        change(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        if change is not None:
+            change(ctypes.byref(before), None)
+
+
 class OpenVinoRunner:
     """An exported model in OpenVINO. `logits` runs the file as it is; `layers` a second model that shows every stored tensor."""
 
@@ -38,12 +64,14 @@ class OpenVinoRunner:
         self._compiled = self._compile(self._model)
 
     def _compile(self, model: onnx.ModelProto) -> Any:
-        core = openvino.Core()
-        return core.compile_model(core.read_model(model.SerializeToString()), "CPU", self._settings)
+        with signal_stack_kept():
+            core = openvino.Core()
+            return core.compile_model(core.read_model(model.SerializeToString()), "CPU", self._settings)
 
     def logits(self, images: Images) -> Logits:
         """Scores [n, classes]; of integer logits their real values."""
-        scores = self._compiled([images])[OUTPUT]
+        with signal_stack_kept():
+            scores = self._compiled([images])[OUTPUT]
         if np.issubdtype(scores.dtype, np.integer):
             scores = dequantize(scores, self._tensors[-1].format)
         real: Logits = scores.astype(np.float32)
@@ -51,7 +79,9 @@ class OpenVinoRunner:
 
     def layers(self, images: Images) -> dict[str, NDArray[np.int64]]:
         """Codes of every tensor. Raises VerificationError when a 32-bit tensor does not hold whole accumulators."""
-        found = self._layer_model([images])
+        model = self._layer_model
+        with signal_stack_kept():
+            found = model([images])
         return {each.name: each.codes(images if each.onnx == INPUT else found[each.onnx]) for each in self._tensors}
 
     def executes(self) -> Fusion:

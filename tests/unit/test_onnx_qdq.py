@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,25 @@ def test_openvino_gives_the_same_logits(net: str, seed: int, profile: Profile, t
     if net == "residual":
         found = runner.executes()
         assert (found.operators["Convolution"], found.operators["FullyConnected"], found.in_float) == (7, 1, ())
+
+
+SIGNALLED = """
+import signal, subprocess, sys
+from pathlib import Path
+import numpy as np
+from edgeft.export.openvino_runner import OpenVinoRunner
+for _ in range(2):
+    OpenVinoRunner(Path(sys.argv[1])).logits(np.zeros((1, 3, 12, 12), np.uint8))
+signal.signal(signal.SIGCHLD, lambda *_: print("told"))
+subprocess.run(["true"])
+"""
+
+
+def test_a_signal_after_openvino_has_run_does_no_harm(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    command = [sys.executable, "-c", SIGNALLED, str(save(residual_net(0), tmp_path / "model.onnx"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr
 
 
 @pytest.mark.parametrize("fmt", ["s8.7", "u8.7"])
