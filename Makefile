@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 SOURCES := edgeft export kernels tests benchmarks
 
-.PHONY: demo test lint package tables clean
+.PHONY: demo test lint package cross tables clean
 
 demo: $(STAMP)
 	$(BIN)/edgeft train-quantize --method lpft --out runs/demo --resume
@@ -23,6 +23,10 @@ lint: $(STAMP)
 # Wheel and sdist, built and imported away from the checkout.
 package: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests/test_packaging.py
+
+# C bundles on AArch64 and Cortex-M, played by QEMU; what is not installed is skipped, and said so.
+cross: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests/unit/test_c_cross.py
 
 tables: $(STAMP)
 	$(BIN)/python -m benchmarks.tables

@@ -34,10 +34,7 @@ def shapes_methods(
     out: Out = RESULTS,
 ) -> None:
     """Accuracy of LP, FT and LP-FT in float on the embedded data set, in and out of distribution, paired by seed."""
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"'{seeds}' is not a list of whole numbers", param_hint="--seeds") from error
+    numbers = _whole(seeds, "--seeds")
     from benchmarks.shapes_methods import run
 
     _done(run(numbers, out, sets=set_ or [], progress=Progress()))
@@ -105,6 +102,34 @@ def qat(
     _done(run([parse(text) for text in named], out, sets=set_ or [], variants=chosen, records=records, progress=Progress()))
 
 
+@app.command("edge-cpu")
+def edge_cpu(
+    named: Annotated[list[str], typer.Argument(metavar="NAME=DIR,SHIFTED...", help="data sets: image folder, shifted test folders")],
+    records: Annotated[Path, typer.Option(help="folder that keeps each finished cell, to go on later")],
+    weights: Annotated[Path | None, typer.Option(help="ImageNet weights, .safetensors; default: timm's own, from its hub")] = None,
+    seeds: Annotated[str, typer.Option(help="seeds, separated by commas")] = "0,1,2",
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="WORDS", help="measure only cells with these words, e.g. 'PACS float', 'lpft 0', latency")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="measure these cells again, although they are recorded")] = False,
+    rounds: Annotated[int, typer.Option(min=2, help="interleaved rounds of the latency")] = 30,
+    calls: Annotated[int, typer.Option(min=1, help="timed calls per model and round")] = 20,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="any key of the configuration, or NAME:KEY=VALUE for one data set"),
+    ] = None,
+    threads: Threads = 1,
+    out: Out = RESULTS,
+) -> None:
+    """All fine-tuning methods in float and in every 8-bit form, over seeds, in and out of distribution, and their latency."""
+    _limit(threads)
+    from benchmarks.edge_cpu import DataSet, Grid, run
+    from edgeft.bench.measuring import Plan
+
+    grid = Grid(tuple(map(DataSet.parse, named)), tuple(_whole(seeds, "--seeds")), weights, tuple(set_ or []))
+    _done(run(grid, records, out, only=only or [], again=again, plan=Plan(rounds, calls), progress=Progress()))
+
+
 @app.command("edgeft", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def edgeft(context: typer.Context) -> None:
     """The product's own command line with the suites' extra backbones: python -m benchmarks edgeft train-quantize --backbone ..."""
@@ -170,6 +195,23 @@ def ort_latency(
     _done(run(subjects, out, n_rounds=rounds, n_calls=calls, threads=threads, progress=Progress()))
 
 
+@app.command("cpu-latency")
+def cpu_latency(
+    backbone: Annotated[
+        str | None, typer.Option(help="timm name; default: mobilenetv2_100, mobilenetv1_100, resnet18 and resnet50, one after the other")
+    ] = None,
+    size: Annotated[int, typer.Option(min=8, help="input size in pixels")] = 224,
+    rounds: Annotated[int, typer.Option(min=2, help="interleaved rounds")] = 40,
+    calls: Annotated[int, typer.Option(min=1, help="timed calls per model and round")] = 5,
+    out: Out = RESULTS,
+) -> None:
+    """Latency of the C bundle, by each compiler at hand, against OpenVINO and ONNX Runtime on the same integers."""
+    _limit(1)
+    from benchmarks.cpu_latency import NETS, run
+
+    _done(run(NETS if backbone is None else (backbone,), size, out, n_rounds=rounds, n_calls=calls, progress=Progress()))
+
+
 @app.command("targets")
 def targets(
     backbone: Annotated[str | None, typer.Option(help="timm name; default: edgeft_micro, mobilenetv2_100, resnet18 and resnet50")] = None,
@@ -208,6 +250,13 @@ def gpu_check(
         print(f"parts are missing in '{records}'")
     else:
         _done(file)
+
+
+def _whole(text: str, option: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"'{text}' is not a list of whole numbers", param_hint=option) from error
 
 
 def _limit(threads: int) -> None:

@@ -79,7 +79,7 @@ def measure(subject: Subject, *, n_rounds: int, n_calls: int, threads: int, fold
     inputs = normalised(subject.classifier, subject.images)
     quantize_statically(files[FLOAT], files[PEER], inputs)
     _verify_in_openvino(subject, files[OURS])
-    openers = dict(zip(RUNTIMES, (_call, _openvino_call), strict=True))
+    openers = dict(zip(RUNTIMES, (onnx_call, openvino_call), strict=True))
     calls = {
         f"{name} in {runtime}": openers[runtime](file, subject.images[:BATCH] if name == OURS else inputs[:BATCH], threads)
         for name, file in files.items()
@@ -99,13 +99,15 @@ def _verify_in_openvino(subject: Subject, file: Path) -> None:
         raise VerificationError(f"{subject.label}: {differing} logits of the exported file differ in OpenVINO")
 
 
-def _call(file: Path, batch: NDArray[Any], threads: int) -> Call:
+def onnx_call(file: Path, batch: NDArray[Any], threads: int) -> Call:
+    """One call of a file in ONNX Runtime."""
     opened = session(file, threads)
     feed = {opened.get_inputs()[0].name: batch}
     return lambda: opened.run(None, feed)
 
 
-def _openvino_call(file: Path, batch: NDArray[Any], threads: int) -> Call:
+def openvino_call(file: Path, batch: NDArray[Any], threads: int) -> Call:
+    """One call of a file in OpenVINO."""
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     with signal_stack_kept():
         request = openvino.Core().compile_model(file, "CPU", settings).create_infer_request()

@@ -20,12 +20,14 @@ from benchmarks.int8_peer import calibrated_peer
 from benchmarks.paired import Pair, text
 from benchmarks.record import Machine, write
 from edgeft.artifact import Artifact, json_bytes
+from edgeft.bench.peers import float_peer, normalised
 from edgeft.config import Config, build_config
 from edgeft.context import TrainContext, make_accelerator
 from edgeft.data import Dataset
 from edgeft.data.loading import ImageCache, batches, load_dataset, subset
 from edgeft.data.preprocess import Preprocessing
 from edgeft.errors import ConfigError
+from edgeft.export.float_onnx import FloatOnnxRunner, quantize_statically
 from edgeft.models import Classifier, build_classifier
 from edgeft.pipeline import FloatModel
 from edgeft.progress import Progress
@@ -36,7 +38,7 @@ from edgeft.runner import Runner
 from edgeft.train import fit
 
 SUITE = "qat"
-EDGEFT, BREVITAS = "edgeft", "Brevitas int8"
+EDGEFT, BREVITAS, STATIC = "edgeft", "Brevitas int8", "ORT static int8"
 COLUMNS = (
     "net", "8-bit form", "weights per", "loss", "ID", "mean OOD", "ID - float", "OOD - float", "OOD - Brevitas int8", "flips %", "KL OOD",
     "epoch",
@@ -45,7 +47,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to 8 bits; `loss` "none" is calibration only."""
+    """One way to 8 bits; `loss` "none" is calibration only, and the only one of STATIC."""
 
     form: str
     granularity: str
@@ -108,13 +110,16 @@ class Subject:
                 tensor.copy_(torch.from_numpy(np.asarray(arrays[name])))
         return built.eval()
 
-    def context(self, config: Config, work: Path, cache: ImageCache, progress: Progress) -> TrainContext:
-        """As the pipeline makes it."""
-        augment = self.dataset.augment if config.data.augment == "auto" else config.data.augment
-        return TrainContext(
-            make_accelerator(config), config.seed, config.train.batch, config.train.accumulate, work, progress, self.preprocessing, augment,
-            config.data.workers, cache,
-        )  # fmt: skip
+
+def context_of(
+    config: Config, dataset: Dataset, preprocessing: Preprocessing, work: Path, cache: ImageCache, progress: Progress
+) -> TrainContext:
+    """As the pipeline makes it."""
+    augment = dataset.augment if config.data.augment == "auto" else config.data.augment
+    return TrainContext(
+        make_accelerator(config), config.seed, config.train.batch, config.train.accumulate, work, progress, preprocessing, augment,
+        config.data.workers, cache,
+    )  # fmt: skip
 
 
 Logits = dict[str, NDArray[np.float32]]
@@ -132,18 +137,23 @@ class Outcome:
 
 def measure(subject: Subject, variant: Variant, wanted: Logits, cache: ImageCache, progress: Progress) -> Outcome:
     """Train one variant and run it over all test images; `wanted` are the float net's scores."""
-    config, start = variant.config(subject.config), time.perf_counter()
-    classifier = subject.classifier()
-    with tempfile.TemporaryDirectory() as folder:
-        context = subject.context(config, Path(folder), cache, progress)
-        job = Job(classifier, subject.dataset, context, config, subject.rate)
-        runner, chosen = _edgeft(job) if variant.form == EDGEFT else _brevitas(job)
-    logits = scores(runner, subject, cache)
+    start = time.perf_counter()
+    runner, chosen = eight_bit(subject, variant, cache, progress)
+    logits = scores(runner, subject.dataset, subject.preprocessing, cache)
     return Outcome(
         {split: found.argmax(1) for split, found in logits.items()},
         {split: divergence(wanted[split], found) for split, found in logits.items()},
         chosen | {"seconds": round(time.perf_counter() - start)},
     )
+
+
+def eight_bit(subject: Subject, variant: Variant, cache: ImageCache, progress: Progress) -> tuple[Runner, dict[str, Any]]:
+    """The trained or calibrated net of a variant, for edgeft a TrainingGraph; and what training chose."""
+    config = variant.config(subject.config)
+    with tempfile.TemporaryDirectory() as folder:
+        context = context_of(config, subject.dataset, subject.preprocessing, Path(folder), cache, progress)
+        job = Job(subject.classifier(), subject.dataset, context, config, subject.rate)
+        return {EDGEFT: _edgeft, BREVITAS: _brevitas, STATIC: _static}[variant.form](job)
 
 
 def _edgeft(job: Job) -> tuple[Runner, dict[str, Any]]:
@@ -166,6 +176,16 @@ def _brevitas(job: Job) -> tuple[Runner, dict[str, Any]]:
     return Module(BREVITAS, peer), asdict(result)
 
 
+def _static(job: Job) -> tuple[Runner, dict[str, Any]]:
+    """On the same calibration images."""
+    p, quant = job.context.preprocessing, job.config.quant
+    source, file = job.context.work / "float.onnx", job.context.work / "static.onnx"
+    float_peer(job.classifier.cpu(), source)
+    images = subset([job.dataset.train], p, quant.calibration_images, job.config.seed)
+    quantize_statically(source, file, normalised(job.classifier, images), per_channel=quant.granularity == "channel")
+    return FloatOnnxRunner(file, torch.get_num_threads(), p.mean, p.std, name=STATIC), {}
+
+
 class Module:
     """Runner over a module that takes image bytes."""
 
@@ -179,12 +199,9 @@ class Module:
         return out
 
 
-def scores(runner: Runner, subject: Subject, cache: ImageCache) -> Logits:
+def scores(runner: Runner, dataset: Dataset, p: Preprocessing, cache: ImageCache) -> Logits:
     """Logits of every test image by split."""
-    return {
-        split.name: np.concatenate([runner.logits(images) for images, _ in batches(split, subject.preprocessing, 64, cache)])
-        for split in subject.dataset.tests
-    }
+    return {split.name: np.concatenate([runner.logits(images) for images, _ in batches(split, p, 64, cache)]) for split in dataset.tests}
 
 
 def divergence(wanted: NDArray[np.float32], found: NDArray[np.float32]) -> float:
@@ -270,7 +287,7 @@ def run(
     for name, path in named:
         subject = Subject.read(name, path, sets, progress)
         cache = ImageCache(2048)
-        wanted = scores(FloatModel(subject.classifier()), subject, cache)
+        wanted = scores(FloatModel(subject.classifier()), subject.dataset, subject.preprocessing, cache)
         float_top = {split: logits.argmax(1) for split, logits in wanted.items()}
         found = outcomes(subject, variants, wanted, cache, records, progress)
         rows += rows_of(subject, float_top, found)

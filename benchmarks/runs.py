@@ -124,7 +124,7 @@ def run(name: str, title: str, named: Sequence[tuple[str, Path]], out: Path) -> 
     check_comparable(runs)
     first = runs[0]
     sizes = runs[-1].artifact.document("training.json")["images"]
-    options = {"runs": {run.name: _portable(run.artifact.manifest.config) for run in runs}}
+    options = {"runs": {run.name: portable(run.artifact.manifest.config) for run in runs}}
     return write(
         out, Machine.look(1), suite=name, title=title, columns=columns_of(first.splits), rows=rows_of(runs),
         notes=_notes(runs, sizes), options=options, n=sizes | dict(first.splits),
@@ -139,12 +139,13 @@ def run(name: str, title: str, named: Sequence[tuple[str, Path]], out: Path) -> 
     )  # fmt: skip
 
 
-def _portable(config: dict[str, Any]) -> dict[str, Any]:
+def portable(config: dict[str, Any]) -> dict[str, Any]:
     """A run's configuration with the last part of every path: where the files lay says nothing about the result."""
     tree: dict[str, Any] = copy.deepcopy(config)
     tree["out"] = None
     data, model = tree["data"], tree["model"]
-    data["source"], data["ood"] = Path(data["source"]).name, ["=".join((*text.split("=")[:-1], Path(text).name)) for text in data["ood"]]
+    named = [text.rpartition("=") for text in data["ood"]]
+    data["source"], data["ood"] = Path(data["source"]).name, [f"{name}{equals}{Path(path).name}" for name, equals, path in named]
     model["weights"] = model["weights"] and Path(model["weights"]).name
     return tree
 

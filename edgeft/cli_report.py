@@ -31,12 +31,15 @@ def evaluate(
     ] = None,
     groups: Annotated[list[str] | None, typer.Option(metavar="NAME=CSV", help="file and group of a set's images; may be repeated")] = None,
     cache: Annotated[Path | None, typer.Option(help="folder that keeps logits, so that the next time is fast")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="processes that make corruptions; default: one per CPU for long evaluations, else none")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Evaluate a run or an export in and out of distribution.
 
-    Accuracy, calibration, flips against the float model, detection of shifted images, groups, common corruptions, and what quantization
-    costs in each.
+    Accuracy, calibration, flips against the float model, detection of shifted images, groups, common corruptions, what quantization
+    costs in each, how far fine-tuning moved the features, and which layers saturate out of distribution.
 
     Example: edgeft evaluate runs/mbv2 --corruptions subset --severity 3 --cache cache/
     """
@@ -48,7 +51,7 @@ def evaluate(
     more = {"severities": tuple(severity)} if severity else {}
     found = evaluating.evaluate(
         path or latest_run(), corruptions=chosen, n=n, sets=_named(ood, "--ood"), maps=_named(map_, "--map"),
-        masks=_named(mask, "--mask"), groups=_named(groups, "--groups"), cache=cache, progress=progress(), **more,
+        masks=_named(mask, "--mask"), groups=_named(groups, "--groups"), cache=cache, workers=workers, progress=progress(), **more,
     )  # fmt: skip
     print(as_json(found.to_json()) if json_ else render(found))
 
@@ -95,6 +98,12 @@ def diagnose(
     shift: Annotated[str, typer.Option(metavar="DIR", help="images that may have shifted, or a shifted split of the run")],
     ref: Annotated[Path | None, typer.Option(metavar="DIR", help="images as they should be; default: the run's ID test images")] = None,
     run: Annotated[Path | None, typer.Option(help="run that gives features and predictions; default: the bundled backbone's")] = None,
+    backbone: Annotated[str | None, typer.Option(help="without a run: timm model whose frozen features are looked at")] = None,
+    weights: Annotated[Path | None, typer.Option(help="its checkpoint; default: timm's pretrained weights (downloads)")] = None,
+    baselines: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="run with kept epochs (train.keep_checkpoints), for effective robustness on both parts"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="seed of the folds")] = 0,
     json_: Json = False,
 ) -> None:
@@ -103,9 +112,15 @@ def diagnose(
     Example: edgeft diagnose --ref photos/test --shift newcamera/ --run runs/mbv2
     """
     from edgeft import diagnosing
+    from edgeft.config import ModelConfig
     from edgeft.diagnosis.report import render
 
-    found = diagnosing.diagnose(ref, Path(shift) if Path(shift).exists() else shift, run=run, seed=seed, progress=progress())
+    if weights is not None and backbone is None:
+        raise ConfigError("--weights are those of a backbone, and none was named", "give --backbone as well")
+    model = None if backbone is None else ModelConfig(backbone=backbone, weights=weights, pretrained=weights is None)
+    found = diagnosing.diagnose(
+        ref, Path(shift) if Path(shift).exists() else shift, run=run, backbone=model, baselines=baselines, seed=seed, progress=progress(),
+    )  # fmt: skip
     print(as_json(found.to_json()) if json_ else render(found))
 
 
@@ -114,7 +129,10 @@ def robustness(
     runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN...]", help="runs whose models are held against the line")] = None,
     baselines: Annotated[
         Path | None,
-        typer.Option(metavar="CSV", help="models of the line: name, id, ood[, n_id, n_ood]; default: the runs' float ones"),
+        typer.Option(
+            metavar="CSV|RUN",
+            help="models of the line: name, id, ood[, n_id, n_ood], or the kept epochs of a run; default: the runs' float ones",
+        ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="the shifted split that is meant, where runs have several")] = None,
     json_: Json = False,
@@ -132,7 +150,7 @@ def robustness(
         effect = diagnosing.quantization_robustness(runs or (), ood=split)
         print(as_json(effect.to_json()) if json_ else render_quantization(effect))
         return
-    found = diagnosing.effective_robustness(baselines, runs or (), ood=split)
+    found = diagnosing.effective_robustness(baselines, runs or (), ood=split, progress=progress())
     print(as_json(found.to_json()) if json_ else render(found))
 
 

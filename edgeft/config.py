@@ -88,13 +88,25 @@ class TrainConfig(Section):
     ema: float | None = Field(None, ge=0, lt=1, description="decay of the weights' moving average; default: the method's own (ema 0.999)")
     label_smoothing: float | None = Field(None, ge=0, lt=1, description="label smoothing; default: the method's own (bang 0.1)")
     mixup: float | None = Field(None, ge=0, description="Beta parameter of mixup; default: the method's own (bang 0.2)")
+    clip: str | None = Field(None, description="method flyp: open_clip model whose image tower is the backbone")
+    clip_weights: str | None = Field(None, description="its weights: a file, or a tag of open_clip (downloads)")
+    prompts: Names = Field(("a photo of a {}.",), min_length=1, description="texts of a class, {} being its name")
     sampler: Literal["shuffle", "balanced"] = Field("shuffle", description="balanced: every class (or group in it) is drawn equally often")
+    keep_checkpoints: int = Field(
+        0, ge=0, description="epochs of the chosen rate whose weights the run keeps, evenly spaced: baselines for edgeft robustness"
+    )
     groups: Path | None = Field(None, description="CSV with the columns file,group for the balanced sampler; files relative to the CSV")
 
     @model_validator(mode="after")
     def _groups_are_for_the_sampler(self) -> Self:
         if self.groups is not None and self.sampler != "balanced":
             raise ValueError(f"groups are drawn by sampler balanced, and it is {self.sampler}")
+        return self
+
+    @model_validator(mode="after")
+    def _clips_are_for_flyp(self) -> Self:
+        if (self.clip is not None or self.clip_weights is not None) and self.method != "flyp":
+            raise ValueError(f"clip and clip_weights are for method flyp, and it is {self.method}")
         return self
 
 
@@ -117,7 +129,7 @@ class QuantConfig(Section):
         "branch", description="residual addition: of two 8-bit tensors, or (for TensorRT) wide: of a convolution's accumulators and one"
     )
     calibration_images: int = Field(128, ge=1, description="training images (labels unused) that calibration sees")
-    equalize: bool = Field(True, description="power-of-two cross-layer equalisation around depthwise layers")
+    equalize: bool = Field(True, description="cross-layer equalisation around depthwise layers")
     fit_ranges: bool = Field(
         True, description="scale tensors, where neighbouring weights can take the factor, so that they fill their format"
     )

@@ -13,7 +13,10 @@ from edgeft.config import Config, DataConfig, ModelConfig
 from edgeft.data import Dataset, Split
 from edgeft.data.decode import SHORT_SIDE
 from edgeft.data.loading import short_side
-from edgeft.diagnosis.effective import EffectiveRobustness, against, fit_line
+from edgeft.diagnosis.effective import EffectiveRobustness, Point, against, fit_line
+from edgeft.diagnosis.family import answers
+from edgeft.diagnosis.family import points as points_of_epochs
+from edgeft.diagnosis.parts import PartRobustness, part_robustness
 from edgeft.diagnosis.points import choose_split, points_of, read_points
 from edgeft.diagnosis.quantization import QuantizationEffect, quantization_effect
 from edgeft.diagnosis.reading import PartlyLabelled, class_folders, read_folder
@@ -40,6 +43,7 @@ def diagnose(
     *,
     run: Path | None = None,
     backbone: ModelConfig | None = None,
+    baselines: Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Diagnosis:
@@ -48,35 +52,51 @@ def diagnose(
     With `run`, features are those of its float net, and accuracies are its float net's and, where it has an export "onnx", that
     one's; `ref` None, or the folder that the run was trained on, stands for its ID test images, and `shift` may also name one of its
     shifted splits. Without, features are those of a pretrained `backbone`, the bundled one for None, and there are no accuracies.
-    Folders may hold class folders, other folders and files: accuracy is measured where there are labels. `seed` draws the folds.
+    Folders may hold class folders, other folders and files: accuracy is measured where there are labels. `baselines` is a run of the
+    same classes that has kept epochs of its training: effective robustness is measured against them, on both parts. `seed` draws the folds.
 
     Raises DataError for folders that cannot be read, hold no or too few images, or are the same; ConfigError for a run beside a
-    backbone and for a backbone without weights; ArtifactError for a damaged run and for an export of another run.
+    backbone, a backbone without weights, and baselines without a run; ArtifactError for a damaged run and for an export of another run.
     """
     progress = progress or Progress(False)
+    if baselines is not None and run is None:
+        raise ConfigError("baselines were given, and no run to hold against them", "give --run as well")
     if run is not None:
         if backbone is not None:
             raise ConfigError("features come from the run or from a backbone, and both were given", "give one of them")
         subject = _of_run(run)
     else:
         subject = _of_backbone(backbone or ModelConfig())
+    family = None if baselines is None else _family(baselines, subject)
     images = _images(ref, shift, subject, progress)
-    return _diagnosed(images, subject, seed, progress)
+    return _diagnosed(images, subject, family, seed, progress)
 
 
-def effective_robustness(baseline_csv: Path, runs: Sequence[Path], *, ood: str | None = None) -> EffectiveRobustness:
-    """Hold every model of runs (float, fixed point, exports) against the line of the baselines in a CSV file (name, id, ood, n_id, n_ood).
+def effective_robustness(
+    baselines: Path, runs: Sequence[Path], *, ood: str | None = None, progress: Progress | None = None
+) -> EffectiveRobustness:
+    """Hold every model of runs (float, fixed point, exports) against the line of baselines.
 
-    `ood` names the runs' shifted split that the file's column ood is about; it may be left out where the runs have only one. Raises
-    DataError for a file that does not serve, for fewer than five baselines, and for runs without that split; ArtifactError for a
-    damaged run. The rows of the file itself are what is compared where `runs` is empty.
+    `baselines` is a CSV file (name, id, ood, n_id, n_ood), or a run that has kept epochs of its training, which are measured on its own
+    images. `ood` names the shifted split that is meant; it may be left out where there is only one. Raises DataError for a file or a
+    run that does not serve, for fewer than five baselines, and for runs without that split; ArtifactError for a damaged run. The
+    baselines themselves are what is compared where `runs` is empty.
     """
-    baselines = read_points(baseline_csv)
-    line = fit_line(baselines)
-    if not runs:
-        return against(line, baselines)
     reports = _reports(runs)
-    return against(line, points_of(reports, choose_split(reports, ood)))
+    if baselines.is_dir():
+        family = Artifact.load(baselines)
+        label = choose_split({**reports, str(baselines): family.report()}, ood)
+        points = _points(family, label.removeprefix("ood:"), progress or Progress(False))
+    else:
+        points = read_points(baselines)
+        label = choose_split(reports, ood) if runs else ""
+    return against(fit_line(points), points_of(reports, label) if runs else points)
+
+
+def _points(family: Artifact, ood: str, progress: Progress) -> list[Point]:
+    dataset = _own_data(family, progress)
+    (split,) = (split for split in dataset.ood if split.name == ood)
+    return points_of_epochs(family, dataset.id_test, split, progress)
 
 
 def quantization_robustness(runs: Sequence[Path], *, ood: str | None = None, model: str = FIXED_POINT) -> QuantizationEffect:
@@ -125,6 +145,15 @@ def _exported(run: Artifact) -> Runner | None:
         raise ArtifactError(f"'{artifact.path}' was exported from another run than '{run.path}' now holds", f"edgeft export {run.path}")
     runner: Runner = TARGETS.get(_EXPORT).load(artifact.path)
     return runner
+
+
+def _family(path: Path, subject: _Subject) -> Artifact:
+    """The run whose epochs are the baselines. Raises DataError where its classes are not those of the run that is diagnosed."""
+    family = Artifact.load(path)
+    assert subject.run is not None
+    if family.manifest.classes != subject.run.manifest.classes:
+        raise DataError(f"the run '{path}' has other classes than '{subject.run.path}'", "baselines answer the same question")
+    return family
 
 
 def _of_backbone(model: ModelConfig) -> _Subject:
@@ -222,7 +251,7 @@ def _names(names: Sequence[str]) -> str:
 # Looking
 
 
-def _diagnosed(images: _Images, subject: _Subject, seed: int, progress: Progress) -> Diagnosis:
+def _diagnosed(images: _Images, subject: _Subject, family: Artifact | None, seed: int, progress: Progress) -> Diagnosis:
     with progress.task("features", len(images.ref) + len(images.shift)) as advance:
         own_name = FLOAT if subject.run is not None else None
         ref, shift = (look(split, subject.classifier, own_name, subject.export, advance) for split in (images.ref, images.shift))
@@ -237,7 +266,25 @@ def _diagnosed(images: _Images, subject: _Subject, seed: int, progress: Progress
         n_outside=int(outside.sum()), n_ref_outside=int(support.ref_out_of_support.sum()),
         auc=support.auc, auc_interval=support.auc_interval, unknown=images.unknown,
         models=tuple(_parts(model, ref.tops[model], shift.tops[model], images, outside) for model in ref.tops), notes=tuple(notes),
+        robustness=() if family is None else _robustness(images, ref.tops, shift.tops, outside, family, progress),
     )  # fmt: skip
+
+
+def _robustness(
+    images: _Images, ref: dict[str, Predictions], shift: dict[str, Predictions], outside: NDArray[np.bool_], family: Artifact,
+    progress: Progress,
+) -> tuple[PartRobustness, ...]:  # fmt: skip
+    """The models and the family on the labelled images of both sets."""
+
+    def hits(tops: Sequence[Predictions]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        of_ref, of_shift = ((top == split.labels)[split.labels >= 0] for top, split in zip(tops, (images.ref, images.shift), strict=True))
+        return of_ref, of_shift
+
+    if not (images.ref.labels >= 0).any():
+        raise DataError("the reference has no labelled images: no accuracy can be expected of it", "give class folders as reference")
+    baselines = {name: hits(tops) for name, tops in answers(family, (images.ref, images.shift), progress).items()}
+    models = {name: hits((ref[name], shift[name])) for name in ref}
+    return part_robustness(baselines, models, outside[images.shift.labels >= 0])
 
 
 def _parts(model: str, ref: Predictions, shift: Predictions, images: _Images, outside: NDArray[np.bool_]) -> Parts:

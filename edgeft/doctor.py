@@ -21,7 +21,21 @@ EXTRAS = {
     "trt-check": ("tensorrt-rtx",),
     "openvino": ("openvino",),
     "sweep": ("optuna",),
-    "dev": ("build", "hypothesis", "mypy", "openvino", "optuna", "pytest", "pytest-cov", "ruff", "setuptools", "tensorrt-rtx"),
+    "flyp": ("open_clip_torch",),
+    "dev": (
+        "build",
+        "hypothesis",
+        "mypy",
+        "open_clip_torch",
+        "openvino",
+        "optuna",
+        "pytest",
+        "pytest-cov",
+        "ruff",
+        "scikit-learn",
+        "setuptools",
+        "tensorrt-rtx",
+    ),
 }
 CPU_FLAGS = {
     "avx2": ("avx2",),

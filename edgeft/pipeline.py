@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from edgeft.artifact import Artifact, claim_run, is_finished, write_artifact
-from edgeft.checkpoint import state_of
+from edgeft.checkpoint import read_checkpoint, state_of, under_prefix, with_prefix
 from edgeft.config import Config
 from edgeft.context import TrainContext, make_accelerator
 from edgeft.data import Dataset
@@ -25,6 +25,10 @@ from edgeft.quant.stage import Quantized, plan_of, quantize
 from edgeft.quant.training_graph import TrainingGraph
 from edgeft.report import EvalReport, ModelResult
 from edgeft.runner import Images, Logits, Runner
+from edgeft.train import epoch_file, kept_epochs
+
+CHECKPOINTS = "checkpoints.safetensors"
+"""Weights after some epochs of fine-tuning, in runs that keep them."""
 
 
 class FloatModel:
@@ -93,6 +97,7 @@ def train_quantize(config: Config, *, resume: bool = False, progress: Progress |
     for note in dataset.notes:
         context.say(note)
     records = run_stages(classifier, stages, dataset, context)
+    checkpoints = _checkpoints(records, context)
     float_state = {name: tensor.detach().cpu().numpy() for name, tensor in state_of(classifier.net).items()}
     measured = _measure(FloatModel(classifier), dataset, context, None)
     context.say(f"quantize {n_layers} layers, format {config.quant.format} per {config.quant.granularity}, profile {config.quant.profile}")
@@ -103,11 +108,25 @@ def train_quantize(config: Config, *, resume: bool = False, progress: Progress |
     fixed = _measure(TrainingGraph(quantized.net), dataset, context, measured[1])
     report = EvalReport((measured[0], fixed[0]))
     if accelerator.is_main_process:
-        _write(config, dataset, context, quantized, report, float_state, records, {FLOAT: measured[1], FIXED_POINT: fixed[1]})
+        _write(config, dataset, context, quantized, report, float_state, checkpoints, records, {FLOAT: measured[1], FIXED_POINT: fixed[1]})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(context.work, ignore_errors=True)
     return Artifact.load(config.run_dir)
+
+
+def _checkpoints(records: list[dict[str, Any]], context: TrainContext) -> dict[str, Any]:
+    """Parameters and buffers of the net after the kept epochs of the rate that fine-tuning chose, as "EPOCH.NAME"."""
+    tuned = [record for record in records if record["stage"]["solver"] == "sgd" and record["stage"]["keep_epochs"]]
+    found: dict[str, Any] = {}
+    for record in tuned[-1:]:
+        stage, rates = record["stage"], list(record["stage"]["learning_rates"])
+        folder, number = context.work / stage["name"], rates.index(record["result"]["lr"])
+        for epoch in kept_epochs(stage["epochs"], stage["keep_epochs"]):
+            saved = read_checkpoint(epoch_file(folder, number, epoch))
+            if saved is not None:  # otherwise the rate diverged before
+                found |= with_prefix(str(epoch), under_prefix("net", saved[1]))
+    return {name: tensor.numpy() for name, tensor in found.items()}
 
 
 def _prepare(config: Config, dataset: Dataset) -> tuple[Classifier, list[Stage]]:
@@ -125,6 +144,8 @@ def _describe(stage: Stage) -> str:
     if stage.solver == "soup":
         return "average of the learning rates' weights, as long as validation gains"
     rates = ", ".join(f"{rate:g}" for rate in stage.learning_rates)
+    if stage.solver == "flyp":
+        return f"contrast with texts of CLIP {stage.clip}, SGD, {stage.epochs} epochs at each of {rates}; batch norm {stage.batch_norm}"
     usual = Stage(stage.name, "sgd", epochs=1, learning_rates=(1.0,))
     shown = ("l2sp", "freeze_k", "layers", "norms_only", "layer_decay", "ema", "label_smoothing", "mixup", "sampler")
     special = [f"; {name} {value}" for name in shown if (value := getattr(stage, name)) != getattr(usual, name)]
@@ -151,7 +172,7 @@ def _verify_lowering(quantized: Quantized, dataset: Dataset, context: TrainConte
 
 def _write(
     config: Config, dataset: Dataset, context: TrainContext, quantized: Quantized, report: EvalReport,
-    float_state: dict[str, Any], records: list[dict[str, Any]], predictions: dict[str, dict[str, Predictions]],
+    float_state: dict[str, Any], checkpoints: dict[str, Any], records: list[dict[str, Any]], predictions: dict[str, dict[str, Predictions]],
 ) -> None:  # fmt: skip
     images, labels = golden_images(dataset, context.preprocessing, config)
     write_artifact(
@@ -161,6 +182,7 @@ def _write(
             "weights.safetensors": dict(quantized.graph.constants), "float.safetensors": float_state,
             "samples.safetensors": {**golden(quantized.graph, images), "labels": labels},
             "predictions.safetensors": {f"{model}/{split}": top for model, found in predictions.items() for split, top in found.items()},
+            **({CHECKPOINTS: checkpoints} if checkpoints else {}),
         },
         documents={
             "graph.json": quantized.graph.to_json(), "formats.json": quantized.formats.to_json(),

@@ -68,6 +68,16 @@ def rate_file(folder: Path, number: int) -> Path:
     return folder / f"rate-{number}.safetensors"
 
 
+def epoch_file(folder: Path, number: int, epoch: int) -> Path:
+    """Where a stage with `keep_epochs` writes the weights after an epoch (from 1) of its rate of that number."""
+    return folder / f"rate-{number}-epoch-{epoch}.safetensors"
+
+
+def kept_epochs(n_epochs: int, keep: int) -> list[int]:
+    """At most `keep` epochs (from 1), evenly spaced; the last one is always among them."""
+    return sorted({math.ceil(n_epochs * (place + 1) / keep) for place in range(keep)})
+
+
 @contextmanager
 def _repeatable_convolutions() -> Iterator[None]:
     # Not through cudnn.flags, which would also overrule what the caller has chosen for TF32.
@@ -178,6 +188,9 @@ class _Fit:
             self._best_state = copy_of(state_of(self._model))
         if self._stage.keep_rates and "train_loss" in row:
             self._keep_of_rate(row)
+        kept = kept_epochs(self._stage.epochs, self._stage.keep_epochs)
+        if "train_loss" in row and row["epoch"] in kept and self._accelerator.is_main_process:
+            write_checkpoint(epoch_file(self._folder, self._rate, row["epoch"]), row, state_of(self._model))
 
     def _keep_of_rate(self, row: dict[str, Any]) -> None:
         """Write the weights of an epoch down if it is the best of its rate, the later one on ties."""

@@ -24,16 +24,18 @@ _SHOWN_LINES = 5
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C compiler: its path, how reports call it ("gcc 12.2") and the flags that it is given."""
+    """A C compiler: its path, how reports call it ("gcc 12.2"), the flags that it is given and the instructions that kernels then use."""
 
     path: str
     name: str
     flags: tuple[str, ...]
+    instructions: str
 
     @property
     def text(self) -> str:
-        """Compiler and the flags that decide about speed, as a report shows them."""
-        return " ".join((self.name, *(flag for flag in self.flags if flag.startswith(("-O", "-m")))))
+        """Compiler, and the flags and instructions that decide about speed, as a report shows them."""
+        flags = " ".join(flag for flag in self.flags if flag.startswith(("-O", "-m")))
+        return f"{self.name} {flags} ({self.instructions})"
 
 
 def find_compiler(names: Sequence[str] = COMPILERS) -> Compiler:
@@ -96,7 +98,17 @@ def _describe(path: str) -> Compiler:
     version = ".".join(macros.get(key, "?") for key in keys)
     native = [flag for flag in NATIVE_FLAGS if _preprocess(path, flag).returncode == 0][:1]
     more = [KEEP_LOOPS] if _preprocess(path, "-Werror", KEEP_LOOPS).returncode == 0 else []
-    return Compiler(path, f"{kind} {version}", (*BASE_FLAGS, *native, "-ffreestanding", *more))
+    flags = (*BASE_FLAGS, *native, "-ffreestanding", *more)
+    return Compiler(path, f"{kind} {version}", flags, _instructions(path, flags))
+
+
+def _instructions(path: str, flags: Sequence[str]) -> str:
+    """What kernels/include/edgeft_vector.h chooses for these flags: fast kernels, or portable ones where it has none."""
+    with as_file(files("edgeft.kernels") / "include") as folder:
+        command = [path, *flags, "-dM", "-E", str(folder / "edgeft_vector.h")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(r'^#define EDGEFT_ISA "(.*)"$', done.stdout, re.MULTILINE)
+    return f"{found[1]} kernels" if found else "kernels unknown"
 
 
 def _preprocess(path: str, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ Home = Literal["image", "logits", "arena"]
 
 @dataclass(frozen=True)
 class Memory:
-    """The home of every tensor, its offset in the arena, and the placement of the arena's blocks."""
+    """The home of every tensor, its offset in the arena and that of the scratch of steps, and the placement of the arena's blocks."""
 
     homes: dict[str, Home]
     offsets: dict[str, int]
@@ -24,10 +24,20 @@ def lay_out(plan: Plan) -> Memory:
     """Place all tensors: views with what they show, results over operands that nothing reads any more, the rest in the arena."""
     homes = _homes(plan)
     blocks, owners = _blocks(plan, homes)
-    placement = place(list(blocks.values()))
+    placement = place([*blocks.values(), *_scratch(plan)])
     offsets = {name: placement.offsets[owners[plan.root(name)]] for name, home in homes.items() if home == "arena"}
+    offsets |= {block.name: placement.offsets[block.name] for block in _scratch(plan)}
     in_place = tuple(name for name, owner in owners.items() if name != owner)
     return Memory(homes, offsets, placement, in_place)
+
+
+def scratch_name(index: int) -> str:
+    """The block that holds what step `index` writes besides its tensor."""
+    return f"scratch of step {index}"
+
+
+def _scratch(plan: Plan) -> list[Block]:
+    return [Block(scratch_name(index), step.scratch, index, index) for index, step in enumerate(plan.steps) if step.scratch]
 
 
 def _homes(plan: Plan) -> dict[str, Home]:

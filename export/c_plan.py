@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edgeft.bounds import INT32_LIMIT
 from edgeft.errors import UnsupportedError
 from edgeft.export.agreement import Arithmetic, accumulator_bound
+from edgeft.export.c_packed import Packed, matrix_product, narrow_addition, pack, pack_depthwise
 from edgeft.graph import (
     Add,
     Concat,
@@ -40,6 +41,13 @@ LEAST_SHIFT, LONGEST_SHIFT = -30, 31
 """Right shifts that the kernels take (eq. 3)."""
 LOGITS = "logits"
 """Where the output goes: int32 memory of the caller."""
+
+FAST = {
+    "conv2d": ("conv2d_packed", "conv2d_packed"), "conv2d_wide": ("conv2d_packed_wide", "conv2d_packed"),
+    "linear": ("conv2d_packed", "conv2d_packed"), "linear_wide": ("conv2d_packed_wide", "conv2d_packed"),
+    "dwconv2d": ("dwconv2d_packed", "conv2d"),
+}  # fmt: skip
+"""The kernel that reads packed weights, and its parameters, for each kernel that reads them as they are."""
 
 Storage = Literal["EDGEFT_U8", "EDGEFT_S8", "EDGEFT_OFFSET", "int32_t"]
 Params = dict[str, Any]
@@ -76,7 +84,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Step:
-    """One call: edgeft_<kernel>(params, reads, constants, writes). `in_place` are inputs that it may write over."""
+    """One call: edgeft_<kernel>(params, reads, constants, scratch, writes). `in_place` are inputs that it may write over."""
 
     layer: str
     kernel: str
@@ -85,6 +93,8 @@ class Step:
     constants: tuple[Constant, ...]
     writes: str
     in_place: tuple[str, ...] = ()
+    scratch: int | None = None
+    """Bytes that it may write besides; None where the kernel takes no such argument."""
 
 
 @dataclass(frozen=True)
@@ -180,12 +190,26 @@ class _Planner:
     def _weighted(self, op: Conv | Linear, kernel: str, struct: str, params: Params, weight: NDArray[np.int8]) -> None:
         shift = self._shift(op)
         params |= {"in": self.stored[op.input].storage, "rounding": {"shift_step": int(shift.size > 1), **self._limits(op, relu=op.relu)}}
+        bias = self.graph.constants[op.bias]
+        packed = self._packed(kernel, params, weight, bias, shift)
+        if packed is not None:
+            kernel, struct = FAST[kernel]
+            params, weight, bias, shift = packed.params, packed.weight, packed.bias, packed.shift
         constants = (
             self._constant(op, "weight", "int8_t", weight),
-            self._constant(op, "bias", "int32_t", self.graph.constants[op.bias]),
+            self._constant(op, "bias", "int32_t", bias),
             self._constant(op, "shift", "int8_t", shift),
         )
-        self._step(op, kernel, (struct, params), (op.input,), constants)
+        self._step(op, kernel, (struct, params), (op.input,), constants, scratch=packed.scratch if packed else None)
+
+    def _packed(
+        self, kernel: str, params: Params, weight: NDArray[np.int8], bias: NDArray[np.int64], shift: NDArray[np.int64]
+    ) -> Packed | None:
+        """The same for the fast kernel, if it takes this layer."""
+        if kernel == "dwconv2d":
+            return pack_depthwise(params, weight[0].transpose(2, 0, 1), bias, shift)
+        sizes, rows = (matrix_product(params), weight.reshape(len(weight), 1, 1, -1)) if "linear" in kernel else (params, weight)
+        return pack(sizes, rows, bias, shift, wide=kernel.endswith("_wide"))
 
     def _add(self, op: Add) -> None:
         left, right = op.left, op.right
@@ -201,7 +225,9 @@ class _Planner:
             "right": self.stored[right].storage, "left_shift": shifts[0], "right_shift": shifts[1],
             "shift": int(self._shift(op)[0]), **self._limits(op, relu=op.relu),
         }  # fmt: skip
-        self._step(op, "add_wide" if wide else "add", ("add", params), (left, right), in_place=(left, right))
+        narrow = None if wide else narrow_addition(params)
+        kernel = "add_wide" if wide else "add_narrow" if narrow else "add"
+        self._step(op, kernel, ("add_narrow", narrow) if narrow else ("add", params), (left, right), in_place=(left, right))
 
     def _mul(self, op: Mul) -> None:
         channels, *size = self.graph.tensors[op.left].shape
@@ -306,9 +332,9 @@ class _Planner:
 
     def _step(
         self, op: Op, kernel: str, params: tuple[str, Params], reads: tuple[str, ...], constants: tuple[Constant, ...] = (),
-        in_place: tuple[str, ...] = (),
+        in_place: tuple[str, ...] = (), scratch: int | None = None,
     ) -> None:  # fmt: skip
-        self.steps.append(Step(op.output, kernel, params, reads, constants, op.output, in_place))
+        self.steps.append(Step(op.output, kernel, params, reads, constants, op.output, in_place, scratch))
 
     def _shape(self, name: str) -> tuple[int, int, int]:
         channels, rows, columns = self.graph.tensors[name].shape

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edgeft import __version__, kernels
 from edgeft.export.c_arena import ALIGNMENT
-from edgeft.export.c_memory import Memory
+from edgeft.export.c_memory import Memory, scratch_name
 from edgeft.export.c_plan import IMAGE, LOGITS, Constant, Params, Plan, Step, c_name
 from edgeft.graph import Op, op_inputs
 from edgeft.runner import Images
@@ -21,7 +21,10 @@ LARGEST_LIST = 2**14
 
 Strings beyond 4095 bytes are more than C99 asks of a compiler (-pedantic warns); so are objects beyond 65535 bytes, which weights are."""
 _OCTAL = np.array([f"\\{byte:03o}" for byte in range(256)], "S4")
-_HEADERS = ("edgeft_fixedpoint.h", "edgeft_kernels.h", "edgeft_status.h", "edgeft_sums.h")
+_HEADERS = (
+    "edgeft_fixedpoint.h", "edgeft_kernels.h", "edgeft_status.h", "edgeft_sums.h",
+    "edgeft_packed.h", "edgeft_vector.h", "edgeft_scalar.h", "edgeft_avx2.h", "edgeft_avx512.h", "edgeft_neon.h",
+)  # fmt: skip
 
 
 def bundle_files(plan: Plan, memory: Memory, images: Images, logits: NDArray[np.int64], title: str) -> dict[str, str]:
@@ -84,8 +87,10 @@ def _value(value: Any) -> str:
 def _calls_text(plan: Plan, memory: Memory) -> str:
     """The calls of each op below a line that says what it does, and a look at what it wrote."""
     by_layer: dict[str, list[str]] = {}
-    for name, step in _named(plan):
+    for index, (name, step) in enumerate(_named(plan)):
         arguments = [f"&{name}", *(_pointer(plan, memory, each) for each in step.reads), *(each.name for each in step.constants)]
+        if step.scratch is not None:
+            arguments.append(f"a + {memory.offsets[scratch_name(index)]}" if step.scratch else "0")
         call = f"edgeft_{step.kernel}({', '.join([*arguments, _pointer(plan, memory, step.writes)])})"
         lines = f"    status = {call};\n    if (status != EDGEFT_OK) {{\n        return status;\n    }}"
         by_layer.setdefault(LOGITS if step.writes == LOGITS else step.layer, []).append(lines)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,10 @@ class Peers:
     n_calibration: int
 
 
-def float_classifier(artifact: Artifact) -> Classifier:
-    """The float net of a run, in eval mode. Raises ArtifactError when the artifact holds none."""
+def float_classifier(artifact: Artifact, state: Mapping[str, NDArray[Any]] | None = None) -> Classifier:
+    """The float net of a run, in eval mode, with its own weights or others. Raises ArtifactError when the artifact holds none."""
     config, p = Config.model_validate(artifact.manifest.config), Preprocessing.from_json(artifact.manifest.preprocessing)
-    state = artifact.arrays("float.safetensors")
+    state = artifact.arrays("float.safetensors") if state is None else state
     # Without the weights that it was trained from, which need not be there any more.
     model = ModelConfig(backbone=config.model.backbone, args=config.model.args)
     built = build_classifier(model, config.data, len(artifact.manifest.classes), p.size, config.seed)

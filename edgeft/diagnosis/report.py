@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgeft.diagnosis.intervals import Interval, difference
+from edgeft.diagnosis.parts import PartRobustness
+from edgeft.diagnosis.parts import render as render_parts
 from edgeft.report import wilson
 from edgeft.show_formats import aligned
 
@@ -58,7 +60,8 @@ class Diagnosis:
 
     `unknown` are folders of the shifted set that are no classes of the reference: their images are split by support, and never
     counted in accuracies. `models` holds the float net and, where the run has its export, the fixed-point one; it is empty without a
-    run. Intervals are of the sampling of images, the classifier of the split being given.
+    run. Intervals are of the sampling of images, the classifier of the split being given. `robustness` is measured where baselines are
+    given.
     """
 
     ref: str
@@ -73,6 +76,7 @@ class Diagnosis:
     unknown: tuple[str, ...] = ()
     models: tuple[Parts, ...] = ()
     notes: tuple[str, ...] = ()
+    robustness: tuple[PartRobustness, ...] = ()
 
     @property
     def outside(self) -> float:
@@ -118,6 +122,7 @@ class Diagnosis:
                 }
                 for parts in self.models
             ],
+            "effective_robustness": [part.to_json() for part in self.robustness],
             "verdict": self.verdict, "notes": list(self.notes), "warnings": list(self.warnings),
         }  # fmt: skip
 
@@ -135,6 +140,7 @@ def render(found: Diagnosis) -> str:
         f" (reference images mistaken for such: {found.n_ref_outside} of {found.n_ref})",
     ]
     lines += ["", *_table(found)] if found.models else []
+    lines += ["", *render_parts(found.robustness)] if found.robustness else []
     lines += ["", f"verdict: {found.verdict}"]
     lines += [f"note: {note}" for note in found.notes]
     return "\n".join([*lines, *(f"warning: {text}" for text in found.warnings)])

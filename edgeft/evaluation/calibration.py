@@ -16,6 +16,8 @@ N_BINS = 15
 """Bins of the expected calibration error, of equal width in confidence."""
 LOG_T_BOUNDS = (-5.0, 5.0)
 """Range of log temperature: where accuracy on the fitting images is 1, the best temperature would be 0."""
+AT_BOUND = 1e-3
+"""A log temperature this near to a bound has ended there."""
 _STEPS = 40
 
 
@@ -60,11 +62,20 @@ def calibration(logits: NDArray[np.float32], labels: NDArray[np.int64], temperat
     return Calibration(ece(confidence, right), float(nll / len(labels)), float(brier / len(labels)))
 
 
-def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+@dataclass(frozen=True)
+class Temperature:
+    """A fitted temperature; `at_bound` where the fit ended at a bound of its search."""
+
+    value: float
+    at_bound: bool
+
+
+def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Temperature:
     """The temperature with the least NLL on these images, which should be validation images (Guo et al. 2017, section 4.2).
 
     NLL is convex in 1 / T, so its derivative there, mean(E_p[z] - z_true), has one zero: bisection in log T. Where the model is right on
-    every image the best temperature is 0, where it is no better than chance it is infinite; the answer stays within exp(LOG_T_BOUNDS).
+    every image the best temperature is 0, where it is no better than chance it is infinite; the answer stays within exp(LOG_T_BOUNDS)
+    and says when it is at one of them.
     """
     low, high = LOG_T_BOUNDS
     for _ in range(_STEPS):
@@ -73,7 +84,8 @@ def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> f
             low = middle
         else:
             high = middle
-    return math.exp((low + high) / 2)
+    found = (low + high) / 2
+    return Temperature(math.exp(found), min(abs(found - bound) for bound in LOG_T_BOUNDS) < AT_BOUND)
 
 
 def _slope(logits: NDArray[np.float32], labels: NDArray[np.int64], beta: float) -> float:

@@ -9,8 +9,10 @@ A view depends on (corruption, severity, seed, index of the image) alone, not on
 """
 
 import io
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeft.errors import ConfigError
-from edgeft.evaluation.filters import Planes, disk_blur, motion_blurred, smooth, warped, zoomed
+from edgeft.evaluation.filters import Planes, disk_blur, motion_blurred, smooth, warped, window, zoomed
+from edgeft.evaluation.streams import streams
 from edgeft.evaluation.weather import Rngs, fog, frost, snow, spatter
 from edgeft.registry import nearest
 from edgeft.runner import Images
@@ -37,6 +40,8 @@ EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 ALL = MAIN + EXTRA
 SUBSET = ("impulse_noise", "glass_blur", "motion_blur", "fog", "brightness", "contrast", "pixelate", "jpeg_compression")
 """One or two of each family; impulse noise and glass blur because they are said to cost quantized nets most (arXiv 2308.02350)."""
+NOT_RANDOM = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression", "gaussian_blur", "saturate")
+"""Their views depend on the image and the severity alone."""
 DIFFERENCES = {
     "frost": "drawn ice in place of photographs",
     "motion_blur": "smeared to nearest pixels by our own code in place of ImageMagick",
@@ -71,8 +76,7 @@ def corrupt(images: Images, corruption: str, severity: int, indices: Sequence[in
         raise ConfigError(f"severity {severity} of corruption '{name}'", "severities are 1, 2, 3, 4 and 5")
     if len(images) == 0:
         return images.copy()
-    stream = (seed, zlib.crc32(name.encode()), severity)
-    rngs = [np.random.default_rng((*stream, int(index))) for index in indices]
+    rngs = [] if name in NOT_RANDOM else streams((seed, zlib.crc32(name.encode()), severity), indices)
     changed = _apply(name, images, rngs, _parameters(name, images, severity))
     if changed.dtype == np.uint8:
         return changed
@@ -137,27 +141,29 @@ def glass_blur(x: Planes, rngs: Rngs, sigma: float, reach: int, rounds: int) -> 
     """
     n, _, height, width = x.shape
     rows, columns = np.arange(height - reach, reach, -1), np.arange(width - reach, reach, -1)
-    places = np.tile(np.arange(height * width), (n, 1))
-    fronts = _fronts(len(rows), len(columns), 2 * reach + 1)
-    image = np.arange(n)[:, None]
+    order, ends = _fronts(len(rows), len(columns), 2 * reach + 1)
+    first = np.arange(n) * (height * width)
+    here = (rows[:, None] * width + columns).reshape(-1, 1)[order] + first
+    places = np.tile(np.arange(height * width), n)
     for _ in range(rounds):
-        moves = np.stack([rng.integers(-reach, reach, (2, len(rows), len(columns))) for rng in rngs])
-        here = rows[:, None] * width + columns
-        there = here + moves[:, 0] * width + moves[:, 1]
-        for i, j in fronts:
-            a, b = np.broadcast_to(here[i, j], (n, len(i))), there[:, i, j]
-            places[image, a], places[image, b] = places[image, b], places[image, a]
+        moves = np.stack([rng.integers(-reach, reach, (2, len(rows), len(columns))) for rng in rngs]).reshape(n, 2, -1)
+        there = here + (moves[:, 0] * width + moves[:, 1]).T[order]
+        for start, end in itertools.pairwise(ends):
+            a, b = here[start:end], there[start:end]
+            places[a], places[b] = places[b], places[a]
     blurred = smooth(x, sigma).reshape(n, 3, -1)
-    return smooth(np.take_along_axis(blurred, places[:, None], axis=2).reshape(x.shape), sigma)
+    moved = np.take_along_axis(blurred, places.reshape(n, 1, -1), axis=2)
+    return smooth(moved.reshape(x.shape), sigma)
 
 
-def _fronts(n_rows: int, n_columns: int, lag: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Steps of a scan row by row, grouped into fronts: each row is `lag` columns behind the one before it."""
+@lru_cache(maxsize=8)
+def _fronts(n_rows: int, n_columns: int, lag: int) -> tuple[NDArray[np.int64], list[int]]:
+    """Steps of a scan row by row in an order of fronts, and where these begin and end: each row is `lag` columns behind the one before."""
     row, column = np.divmod(np.arange(n_rows * n_columns), max(n_columns, 1))
     time = column + lag * row
     order = np.argsort(time, kind="stable")
-    parts = np.split(order, np.flatnonzero(np.diff(time[order])) + 1) if len(order) else []
-    return [(row[part], column[part]) for part in parts]
+    starts = (np.flatnonzero(np.diff(time[order])) + 1).tolist()
+    return order, [0, *starts, len(order)]
 
 
 def defocus_blur(images: Images, rngs: Rngs, radius: float, alias_sigma: float) -> Planes:
@@ -167,15 +173,19 @@ def defocus_blur(images: Images, rngs: Rngs, radius: float, alias_sigma: float) 
 
 def motion_blur(x: Planes, rngs: Rngs, radius: int, sigma: float) -> Planes:
     """Smeared along a direction between -45 and 45 degrees."""
-    return np.stack([motion_blurred(one, radius, sigma, rng.uniform(-45, 45)) for one, rng in zip(x, rngs, strict=True)])
+    return motion_blurred(x, radius, sigma, [rng.uniform(-45, 45) for rng in rngs])
 
 
 def zoom_blur(x: Planes, rngs: Rngs, end: float, step: float) -> Planes:
     """The mean of the image and of its enlargements by 1, 1 + step, ... below `end`."""
     factors = np.arange(1, end, step)
     total = 2 * x  # the image itself and its enlargement by 1
-    for factor in factors[1:]:
-        total += zoomed(x, float(factor))
+    windows = [tuple(window(side, float(factor)) for side in x.shape[-2:]) for factor in factors[1:]]
+    for _, same in itertools.groupby(zip(windows, factors[1:], strict=True), key=lambda pair: pair[0]):
+        alike = [float(factor) for _, factor in same]  # to whole pixels these are one enlargement
+        enlarged = zoomed(x, alike[0])
+        for _ in alike:
+            total += enlarged
     return total / np.float32(len(factors) + 1)
 
 
@@ -216,7 +226,7 @@ def elastic_transform(x: Planes, rngs: Rngs, strength: float, sigma: float, jitt
     side = min(height, width)
     y, column = np.meshgrid(np.arange(height, dtype=np.float32), np.arange(width, dtype=np.float32), indexing="ij")
     ones = np.ones_like(y)
-    maps = np.stack([_affine(height, width, jitter * side, rng) for rng in rngs])
+    maps = _affine(height, width, jitter * side, rngs)
     source = np.einsum("nij,jhw->nihw", maps, np.stack([y, column, ones])).astype(np.float32)
     x = warped(x, source[:, 0], source[:, 1], "mirror")
     moves = np.stack([rng.uniform(-1, 1, (2, height, width)) for rng in rngs]).astype(np.float32)
@@ -224,13 +234,13 @@ def elastic_transform(x: Planes, rngs: Rngs, strength: float, sigma: float, jitt
     return warped(x, y + moves[:, 0], column + moves[:, 1], "reflect")
 
 
-def _affine(height: int, width: int, jitter: float, rng: np.random.Generator) -> NDArray[np.float64]:
-    """The affine map [2, 3] that takes three moved points back to where they were; (row, column, 1) in, (row, column) out."""
+def _affine(height: int, width: int, jitter: float, rngs: Rngs) -> NDArray[np.float64]:
+    """Affine maps [n, 2, 3] that take three moved points back to where they were; (row, column, 1) in, (row, column) out."""
     centre, reach = np.array([height // 2, width // 2]), max(min(height, width) // 3, 1)
     points = centre + reach * np.array([[1, 1], [1, -1], [-1, -1]])
-    moved = points + rng.uniform(-jitter, jitter, points.shape)
-    back: NDArray[np.float64] = np.linalg.solve(np.column_stack([moved, np.ones(3)]), points).T
-    return back
+    moved = points + np.stack([rng.uniform(-jitter, jitter, points.shape) for rng in rngs])
+    homogeneous = np.concatenate([moved, np.ones((len(rngs), 3, 1))], axis=2)
+    return np.linalg.solve(homogeneous, np.broadcast_to(points, moved.shape)).transpose(0, 2, 1)
 
 
 def pixelate(images: Images, rngs: Rngs, share: float) -> Images:
@@ -249,16 +259,17 @@ def jpeg_compression(images: Images, rngs: Rngs, quality: int) -> Images:
     def change(image: Image.Image) -> Image.Image:
         file = io.BytesIO()
         image.save(file, "JPEG", quality=quality)
-        return Image.open(file)
+        return Image.open(file, formats=("JPEG",))
 
     return _each(images, change)
 
 
 def _each(images: Images, change: Callable[[Image.Image], Image.Image]) -> Images:
-    changed = np.empty_like(images)
-    for index, image in enumerate(images):
-        changed[index] = np.asarray(change(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))))).transpose(2, 0, 1)
-    return changed
+    rows = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+    changed = np.empty_like(rows)
+    for index, image in enumerate(rows):
+        changed[index] = np.asarray(change(Image.fromarray(image)))
+    return np.ascontiguousarray(changed.transpose(0, 3, 1, 2))
 
 
 _ON_BYTES: dict[str, Callable[..., NDArray[Any]]] = {

@@ -3,6 +3,7 @@
 The images of a batch are computed independently of each other, so that a view is the same in whatever batch it is made.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -21,8 +22,16 @@ def inside(index: NDArray[np.int64], n: int, border: Border) -> NDArray[np.int64
     """Indices of any size as those of the n pixels that stand for them."""
     if border == "edge" or n == 1:
         return index.clip(0, n - 1)
+    low, high = (int(index.min()), int(index.max())) if index.size else (0, 0)
+    # Looked up: a remainder takes longer than anything else that is done with the index.
+    return _folded(min(low, 0), max(high, 0), n, border).take(index - min(low, 0))
+
+
+@lru_cache(maxsize=64)
+def _folded(low: int, high: int, n: int, border: Border) -> NDArray[np.int64]:
+    """`inside` of low ... high."""
     period = 2 * n - (2 if border == "mirror" else 0)
-    folded = index % period
+    folded = np.arange(low, high + 1) % period
     return np.minimum(folded, (period if border == "mirror" else period - 1) - folded)
 
 
@@ -86,8 +95,12 @@ def _softened(planes: Planes, reach: int, sigma: float) -> Planes:
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     taps = (kernel / kernel.sum()).astype(np.float32)
     h, w = planes.shape[-2] - 2 * reach, planes.shape[-1] - 2 * reach
-    rows: Planes = np.sum([tap * planes[..., i : i + h, :] for i, tap in enumerate(taps)], axis=0)
-    columns: Planes = np.sum([tap * rows[..., i : i + w] for i, tap in enumerate(taps)], axis=0)
+    rows: Planes = taps[0] * planes[..., :h, :]
+    for i, tap in enumerate(taps[1:], 1):
+        rows += tap * planes[..., i : i + h, :]
+    columns: Planes = taps[0] * rows[..., :w]
+    for i, tap in enumerate(taps[1:], 1):
+        columns += tap * rows[..., i : i + w]
     return columns
 
 
@@ -96,10 +109,17 @@ def zoomed(planes: Planes, factor: float) -> Planes:
     return _along(_along(planes, factor, -2), factor, -1)
 
 
+def window(side: int, factor: float) -> tuple[int, int]:
+    """Pixels of a side that `zoomed` keeps, and to how many it enlarges them; what it gives depends on these alone."""
+    kept = math.ceil(side / factor)
+    return kept, round(kept * factor)
+
+
 def _along(planes: Planes, factor: float, axis: int) -> Planes:
     side = planes.shape[axis]
-    kept = math.ceil(side / factor)
-    enlarged = round(kept * factor)
+    kept, enlarged = window(side, factor)
+    if kept == enlarged == side:
+        return planes
     first, trimmed = (side - kept) // 2, (enlarged - side) // 2
     places = first + (np.arange(side) + trimmed).clip(0, enlarged - 1) * ((kept - 1) / max(enlarged - 1, 1))
     low = np.floor(places).astype(int).clip(0, side - 1)
@@ -116,38 +136,46 @@ def warped(planes: Planes, y: Planes, x: Planes, border: Border) -> Planes:
     """Planes [n, c, h, w] read at fractional rows `y` and columns `x`, each [n, h, w], by linear interpolation."""
     n, channels, height, width = planes.shape
     top, left = np.floor(y).astype(np.int64), np.floor(x).astype(np.int64)
-    down, right = (y - top).astype(np.float32)[:, None], (x - left).astype(np.float32)[:, None]
-    rows, columns = [[inside(start + i, side, border) for i in (0, 1)] for start, side in ((top, height), (left, width))]
-    flat = planes.reshape(n, channels, -1)
+    down, right = (y - top).astype(np.float32), (x - left).astype(np.float32)
+    rows = [inside(top + i, height, border) * width + np.arange(n).reshape(-1, 1, 1) * (height * width) for i in (0, 1)]
+    columns = [inside(left + i, width, border) for i in (0, 1)]
+    corners = [row + column for row in rows for column in columns]
+    found = np.empty_like(planes)
+    for channel in range(channels):
+        flat = planes[:, channel].ravel()
+        upper, upper_right, lower, lower_right = (flat.take(corner) for corner in corners)
+        for here, beside in ((upper, upper_right), (lower, lower_right)):
+            beside -= here
+            beside *= right
+            here += beside
+        lower -= upper
+        lower *= down
+        np.add(upper, lower, out=found[:, channel])
+    return found
 
-    def at(i: int, j: int) -> Planes:
-        places = (rows[i] * width + columns[j]).reshape(n, 1, -1)
-        return np.take_along_axis(flat, places, axis=2).reshape(planes.shape)
 
-    def row(i: int) -> Planes:
-        here = at(i, 0)
-        return here + right * (at(i, 1) - here)
-
-    upper = row(0)
-    return upper + down * (row(1) - upper)
-
-
-def motion_blurred(planes: Planes, radius: int, sigma: float, degrees: float) -> Planes:
-    """One image [..., h, w] smeared in a direction: half a Gaussian over 2 * radius + 1 steps of one pixel, each to its nearest pixel."""
+def motion_blurred(planes: Planes, radius: int, sigma: float, degrees: Sequence[float]) -> Planes:
+    """Images [n, ..., h, w] smeared, each in its direction: half a Gaussian over 2 * radius + 1 steps, each to its nearest pixel."""
     steps = np.arange(2 * radius + 1)
     weights = np.exp(-0.5 * (steps / sigma) ** 2)
     weights = (weights / weights.sum()).astype(np.float32)
-    angle = math.radians(degrees)
-    rows = np.rint(steps * math.sin(angle)).astype(int)
-    columns = np.rint(steps * math.cos(angle)).astype(int)
+    # In the order of their directions, neighbours go to the same pixel in most steps, and go there together.
+    order = np.argsort(degrees, kind="stable")
+    angles = np.array([[math.sin(angle), math.cos(angle)] for angle in np.radians(degrees)[order].tolist()])
+    moves = np.rint(steps[:, None, None] * angles).astype(int)
     height, width = planes.shape[-2:]
-    reach = int(max(abs(rows).max(), abs(columns).max()))
-    padded = padded_by(planes, reach, "edge")
+    reach = int(abs(moves).max())
+    padded = padded_by(planes[order], reach, "edge")
     smeared, part = np.zeros_like(planes), np.empty_like(planes)
-    for weight, row, column in zip(weights, rows + reach, columns + reach, strict=True):
-        np.multiply(padded[..., row : row + height, column : column + width], weight, out=part)
+    for weight, there in zip(weights, moves, strict=True):
+        ends = [0, *(np.flatnonzero((there[1:] != there[:-1]).any(axis=1)) + 1).tolist(), len(there)]
+        for start, end in itertools.pairwise(ends):
+            row, column = (there[start] + reach).tolist()
+            np.multiply(padded[start:end, ..., row : row + height, column : column + width], weight, out=part[start:end])
         smeared += part
-    return smeared
+    found = np.empty_like(planes)
+    found[order] = smeared
+    return found
 
 
 def plasma(rngs: Sequence[np.random.Generator], side: int, decay: float) -> Planes:

@@ -1,6 +1,7 @@
-"""What models say of views of a set, on disk: computed once, image batches in order, corruptions made ahead in threads.
+"""What models say of views of a set, on disk: computed once, image batches in order, corruptions made ahead.
 
-Memory does not grow with the number of images. A file holds one model's scores of one view: float32 [n, classes], as NumPy writes arrays.
+Memory grows with the number of images no further than KEPT_MB. A file holds one model's scores of one view: float32 [n, classes], as
+NumPy writes arrays.
 """
 
 import contextlib
@@ -8,7 +9,7 @@ import hashlib
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,16 +23,19 @@ from numpy.typing import NDArray
 
 from edgeft.artifact import PARTIAL
 from edgeft.data import Split
-from edgeft.data.loading import batches
+from edgeft.data.loading import ImageCache, batches
 from edgeft.data.mixing import selected
 from edgeft.data.preprocess import Preprocessing, prepare
 from edgeft.errors import ArtifactError, DataError, TrainingError
 from edgeft.evaluation import corruptions
+from edgeft.evaluation.generating import Generators
 from edgeft.evaluation.shifts import translated
 from edgeft.progress import Advance
 from edgeft.runner import Images
 
 CLEAN, SHIFT = "clean", "shift"
+KEPT_MB = 256
+"""Prepared images that are kept for later views of the same set, in MiB: most sets of small images, a part of others."""
 _FINGERPRINTED = 8
 
 Scores = NDArray[np.float32]
@@ -59,11 +63,15 @@ class View:
 
 @dataclass(frozen=True)
 class Output:
-    """One model's scores as evaluation records them: `name` and `digest` (of its artifact) say whose they are."""
+    """One model's scores as evaluation records them: `name` and `digest` (of its artifact) say whose they are.
+
+    A `concurrent` one may be called by several threads at a time, and keeps to one thread each.
+    """
 
     name: str
     digest: str
     call: Callable[[Images], Scores]
+    concurrent: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +100,20 @@ class Chosen:
         return len(self.indices)
 
 
-class Recorder:
-    """Scores in a folder, by artifact, model, set and view; what is there already is not computed again."""
+_Made = tuple[View, Images, dict[str, Scores]]
+"""A view, its images, and scores of them by model."""
 
-    def __init__(self, folder: Path, p: Preprocessing, *, batch: int, seed: int) -> None:
-        self.folder, self.p, self.batch, self.seed = folder, p, batch, seed
+
+class Recorder:
+    """Scores in a folder, by artifact, model, set and view; what is there already is not computed again.
+
+    Corrupted views are made by `workers`, where there are any. `n_computed` counts views of images that were computed, by every model.
+    """
+
+    def __init__(self, folder: Path, p: Preprocessing, *, batch: int, seed: int, workers: Generators | None = None) -> None:
+        self.folder, self.p, self.batch, self.seed, self.workers = folder, p, batch, seed, workers
+        self.n_computed = 0
+        self._kept = ImageCache(KEPT_MB)
 
     def path(self, output: Output, chosen: Chosen, view: View) -> Path:
         """The file of one model's scores."""
@@ -130,32 +147,40 @@ class Recorder:
                 for view in wanted
                 for output in missing[view]
             }
-            for view, images in self._stream(chosen, wanted):
+            for view, images, known in self._stream(chosen, wanted, missing):
                 for output in missing[view]:
-                    files[output.name, view].add(_checked(output, images, chosen.split.name))
+                    scores = known[output.name] if output.name in known else _checked(output, images, chosen.split.name)
+                    files[output.name, view].add(scores)
+                    self.n_computed += len(images)
                     advance(len(images), f"{chosen.split.name} {view}")
 
-    def _stream(self, chosen: Chosen, views: Sequence[View]) -> Iterator[tuple[View, Images]]:
+    def _stream(self, chosen: Chosen, views: Sequence[View], outputs: Mapping[View, Sequence[Output]]) -> Iterator[_Made]:
         """Every view of every batch, in order; a few are made ahead while the caller works."""
-        ahead = max(2, os.cpu_count() or 1)
-        waiting: deque[tuple[View, Future[Images]]] = deque()
+        ahead = max(2, os.cpu_count() or 1, 2 * self.workers.n if self.workers else 0)
+        waiting: deque[Future[_Made]] = deque()
         start = 0
         with ThreadPoolExecutor(ahead) as pool:
             try:
-                for images, _ in batches(chosen.split, self.p, self.batch):
+                for images, _ in batches(chosen.split, self.p, self.batch, self._kept):
                     indices = chosen.indices[start : start + len(images)]
                     start += len(images)
                     for view in views:
-                        waiting.append((view, pool.submit(view.apply, images, indices, self.seed)))
+                        waiting.append(pool.submit(self._made, view, images, indices, outputs[view], chosen.split.name))
                         if len(waiting) > ahead:
-                            view_, future = waiting.popleft()
-                            yield view_, future.result()
+                            yield waiting.popleft().result()
                 while waiting:
-                    view_, future = waiting.popleft()
-                    yield view_, future.result()
+                    yield waiting.popleft().result()
             finally:
-                for _, future in waiting:
+                for future in waiting:
                     future.cancel()
+
+    def _made(self, view: View, images: Images, indices: NDArray[np.int64], outputs: Sequence[Output], split: str) -> _Made:
+        """A view of a batch, and what the models that may be asked in a thread say of it."""
+        if self.workers is not None and view.name in corruptions.ALL:
+            changed = self.workers.corrupt(images, view.name, view.level, indices, self.seed)
+        else:
+            changed = view.apply(images, indices, self.seed)
+        return view, changed, {output.name: _checked(output, changed, split) for output in outputs if output.concurrent}
 
 
 def _checked(output: Output, images: Images, split: str) -> Scores:

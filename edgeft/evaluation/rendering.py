@@ -5,8 +5,12 @@ from collections.abc import Sequence
 from edgeft.evaluation.corruptions import MAIN
 from edgeft.evaluation.metrics import Share
 from edgeft.evaluation.results import EvaluationReport, Interval, ModelEvaluation, SetResult
+from edgeft.evaluation.saturating import ID
+from edgeft.progress import duration
 
 NONE = "-"
+LAYERS = 10
+"""How many activations are named as those that saturate most out of distribution."""
 
 
 def render(report: EvaluationReport) -> str:
@@ -21,9 +25,20 @@ def render(report: EvaluationReport) -> str:
         ("Telling the ID test set from other sets (ID positive)", _detection(report)),
         ("Answers that stay when the ID test images move by 1 ... 8 pixels, %", _shifts(report)),
         ("Other resize filters (Pillow), against the run's own preprocessing", _resizes(report)),
+        ("Movement by fine-tuning (mean distance of the head's input to that before, also as a share of its norm)", _movement(report)),
+        ("Saturation of the fixed-point activations, mean over those without a clip of their own, %", _saturation(report)),
+        ("Activations that saturate more out of distribution, the largest excess first (all: --json)", _saturated(report)),
     ]
     text = [part for title, rows in blocks if rows for part in ([title] if title else []) + [_aligned(rows), ""]]
-    return "\n".join([f"run {report.run}", "", *text, *(f"note: {line}" for line in report.notes)]).rstrip()
+    return "\n".join([f"run {report.run}", "", *text, *_speed(report), *(f"note: {line}" for line in report.notes)]).rstrip()
+
+
+def _speed(report: EvaluationReport) -> list[str]:
+    found = report.speed
+    if found is None or not found.views:
+        return []
+    made = f"corruptions made by {found.workers} processes" if found.workers else "without worker processes"
+    return [f"speed: {found.views:,} answers in {duration(found.seconds)}, {found.views_per_s:,.0f} views/s ({made})"]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -77,8 +92,14 @@ def _calibration(report: EvaluationReport) -> list[list[str]]:
             cells = [percent(before.ece), NONE if after is None else percent(after.ece)]
             for name in ("nll", "brier"):
                 cells += [f"{getattr(before, name):.3f}", NONE if after is None else f"{getattr(after, name):.3f}"]
-            rows.append([_label(found), model.model, NONE if model.temperature is None else f"{model.temperature:.2f}", *cells])
+            rows.append([_label(found), model.model, _temperature(model), *cells])
     return rows
+
+
+def _temperature(model: ModelEvaluation) -> str:
+    if model.temperature is None:
+        return NONE
+    return f"{model.temperature:.2f}" + (" (bound)" if model.temperature_at_bound else "")
 
 
 def _groups(report: EvaluationReport) -> list[list[str]]:
@@ -147,4 +168,39 @@ def _resizes(report: EvaluationReport) -> list[list[str]]:
         for found in model.resizes:
             flips = found.flips
             rows.append([found.filter, str(flips.n), model.model, share(found.top1), percent(flips.rate), f"{flips.negative}/{flips.n}"])
+    return rows if len(rows) > 1 else []
+
+
+def _movement(report: EvaluationReport) -> list[list[str]]:
+    """One row for each set, features in the order of the sets, then the head."""
+    found = report.movement
+    if found is None:
+        return []
+    inside = next((one.moved.relative for one in found.sets if one.kind == "id"), 0.0)
+    rows = [["of", "n", "distance", "share %", "OOD / ID"]]
+    for one in found.sets:
+        ratio = f"{one.moved.relative / inside:.2f}" if one.kind == "ood" and inside else NONE
+        name = one.name if one.kind == "id" else f"ood:{one.name}"
+        rows.append([f"features, {name}", str(one.n), f"{one.moved.distance:.3g}", percent(one.moved.relative), ratio])
+    if found.head is not None:
+        rows.append(["head, since fine-tuning began", NONE, f"{found.head.distance:.3g}", percent(found.head.relative), NONE])
+    return rows
+
+
+def _saturation(report: EvaluationReport) -> list[list[str]]:
+    found = report.saturation
+    if found is None:
+        return []
+    means = [found.mean(label) for label in found.images]
+    rows = [["", *found.images], ["images", *map(str, found.images.values())]]
+    return [*rows, ["saturated", *(NONE if mean is None else f"{100 * mean:.4f}" for mean in means)]]
+
+
+def _saturated(report: EvaluationReport) -> list[list[str]]:
+    rows = [["activation", "format", "% ID", "% OOD", "of set", "OOD / ID"]]
+    for one in report.saturation.most_beyond(LAYERS) if report.saturation else ():
+        assert one.worst is not None, "it saturates more on an OOD set"
+        inside, outside = one.sets[ID].saturated, one.sets[one.worst].saturated
+        ratio = f"{outside / inside:.1f}" if inside else "only OOD"
+        rows.append([one.name, one.format, f"{100 * inside:.4f}", f"{100 * outside:.4f}", one.worst, ratio])
     return rows if len(rows) > 1 else []

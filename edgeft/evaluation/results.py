@@ -1,12 +1,14 @@
 """EvaluationReport: everything the suite measured, as frozen records that become JSON."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from edgeft.evaluation.calibration import Calibration
 from edgeft.evaluation.corruptions import MAIN
 from edgeft.evaluation.metrics import Flips, Share, worst_group
+from edgeft.evaluation.movement import Moved
+from edgeft.evaluation.saturating import Saturation
 
 SCHEMA = 1
 WORST = 3
@@ -100,12 +102,34 @@ class ResizeResult:
 
 
 @dataclass(frozen=True)
+class FeatureMovement:
+    """How far fine-tuning moved the float model's features of a set's images."""
+
+    name: str
+    kind: Literal["id", "ood"]
+    n: int
+    moved: Moved
+
+
+@dataclass(frozen=True)
+class Movement:
+    """Movement since the pretrained net: of the features, by set, and of the head since fine-tuning began (None: not recorded)."""
+
+    sets: tuple[FeatureMovement, ...]
+    head: Moved | None
+
+
+@dataclass(frozen=True)
 class ModelEvaluation:
-    """Everything about one model. `temperature` is fitted to it on the validation split; None where there are no such images."""
+    """Everything about one model. `temperature` is fitted to it on the validation split; None where there are no such images.
+
+    `temperature_at_bound` says that the fit ended at a bound of its search: there is no best temperature, and this one says little.
+    """
 
     model: str
     digest: str
     temperature: float | None
+    temperature_at_bound: bool
     sets: tuple[SetResult, ...]
     corruptions: tuple[CorruptionResult, ...] = ()
     detection: tuple[Detection, ...] = ()
@@ -131,10 +155,26 @@ class ModelEvaluation:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How many views of images the models answered, every model counted, in how many seconds; what was known already is not in it."""
+
+    views: int
+    seconds: float
+    workers: int
+
+    @property
+    def views_per_s(self) -> float:
+        """Views answered in a second, corruptions included."""
+        return self.views / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
 class EvaluationReport:
     """Models side by side on the same images; the first is the reference of the others. Shares are fractions, differences points.
 
     `corruptions` says in words which part of the common corruptions was measured; `notes` what a reader must know of the numbers.
+    `movement` is of the float model, `saturation` of the fixed-point one; None where they could not be measured.
+    `speed` is that of this evaluation and no part of the result.
     """
 
     run: str
@@ -143,6 +183,9 @@ class EvaluationReport:
     corruptions: str
     models: tuple[ModelEvaluation, ...]
     notes: tuple[str, ...] = ()
+    movement: Movement | None = None
+    saturation: Saturation | None = None
+    speed: Speed | None = field(default=None, compare=False)
 
     def model(self, name: str) -> ModelEvaluation | None:
         """The results of one model, if it was measured."""
@@ -163,6 +206,8 @@ class EvaluationReport:
             entry["mean_corruption_error"] = model.mean_corruption_error
             entry["relative_corruption_error"] = self.relative_corruption_error(model)
             entry["worst_corruptions"] = [found.corruption for found in model.worst()]
+        if self.speed is not None:
+            tree["speed"]["views_per_s"] = self.speed.views_per_s
         return tree
 
 

@@ -1,5 +1,6 @@
 """The evaluation suite: Runners on the test sets of a run, on corruptions of its ID test set, and on small shifts of it."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from edgeft.errors import ConfigError
 from edgeft.evaluation.calibration import N_BINS, calibration, fit_temperature
 from edgeft.evaluation.corruptions import ALL, DIFFERENCES, SEVERITIES
 from edgeft.evaluation.detection import GaussianFit, Gaussians, auroc, energy, fpr_at_tpr, max_softmax
+from edgeft.evaluation.generating import generators, worker_count
 from edgeft.evaluation.metrics import MIN_IMAGES, Classes, Flips, Share, by_group, in_top, macro_f1, row_parts
+from edgeft.evaluation.movement import moved_features
 from edgeft.evaluation.paired import Pair, difference, mcnemar, mean_difference
 from edgeft.evaluation.recording import SHIFT, Chosen, Output, Recorder, Scores, View
 from edgeft.evaluation.results import (
@@ -22,11 +25,14 @@ from edgeft.evaluation.results import (
     CorruptionResult,
     Detection,
     EvaluationReport,
+    FeatureMovement,
     Interval,
     ModelEvaluation,
+    Movement,
     ResizeResult,
     SetResult,
     ShiftResult,
+    Speed,
 )
 from edgeft.evaluation.sets import TestSet
 from edgeft.evaluation.shifts import DISTANCES, FILTERS, Refiltered, as_is, is_resized
@@ -36,6 +42,8 @@ from edgeft.runner import Images, Runner
 TOP = 5
 SENSITIVITY_IMAGES = 1000
 """ID test images that are translated and resized otherwise."""
+TOGETHER = 5
+"""Corruptions that are made of an image at a time: it is decoded once for them, and an interruption loses no more."""
 MAHALANOBIS_IMAGES = 5000
 """Training images from which class means and covariance are estimated."""
 
@@ -44,30 +52,42 @@ MAHALANOBIS_IMAGES = 5000
 class Subject:
     """A Runner to evaluate, its name in the report and the digest of the artifact that it comes from.
 
-    `features` gives its last layer's input [n, d], where that can be had; Mahalanobis scores need it.
+    `features` gives its last layer's input [n, d], where that can be had; Mahalanobis scores need it. `features_before` gives that of
+    the net that fine-tuning started from. A `concurrent` subject may be asked by several threads at a time, and keeps to one thread each.
     """
 
     name: str
     digest: str
     runner: Runner
     features: Callable[[Images], NDArray[np.float32]] | None = None
+    features_before: Callable[[Images], NDArray[np.float32]] | None = None
+    concurrent: bool = False
 
     @property
     def output(self) -> Output:
         """Its logits."""
-        return Output(self.name, self.digest, self.runner.logits)
+        return Output(self.name, self.digest, self.runner.logits, self.concurrent)
 
     @property
     def feature_output(self) -> Output | None:
         """Its features."""
-        return None if self.features is None else Output(f"{self.name} features", self.digest, self.features)
+        return self._output("features", self.features)
+
+    @property
+    def before_output(self) -> Output | None:
+        """Its features before fine-tuning."""
+        return self._output("features before", self.features_before)
+
+    def _output(self, what: str, call: Callable[[Images], NDArray[np.float32]] | None) -> Output | None:
+        return None if call is None else Output(f"{self.name} {what}", self.digest, call, self.concurrent)
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is measured: corruptions and severities of the ID test set; at most `n` images of each set, drawn by `seed`.
 
-    Raises ConfigError for severities outside 1 ... 5 and `n` below 1.
+    `workers` processes make the corruptions (0: threads of this one; None: as many as pay). Raises ConfigError for severities outside
+    1 ... 5 and `n` below 1.
     """
 
     corruptions: tuple[str, ...] = ()
@@ -75,6 +95,7 @@ class Settings:
     n: int | None = None
     seed: int = 0
     batch: int = 64
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         wrong = [level for level in self.severities if level not in SEVERITIES]
@@ -102,14 +123,24 @@ def evaluate_subjects(
     The first subject is the reference of the others. `groups` names the groups of the images of a split. Logits go to `cache` and
     are read from there the next time. Raises DataError for an empty split, TrainingError for scores that are not finite.
     """
-    suite = _Suite(subjects, dataset, p, settings, Recorder(cache, p, batch=settings.batch, seed=settings.seed), progress)
     sets = [TestSet(split, groups=_own_groups(split)) for split in dataset.tests] + list(extra)
     sets = [replace(one, groups=(groups or {}).get(one.split.name, one.groups)) for one in sets]
-    suite.record(sets)
+    with generators(_n_workers(settings, len(dataset.id_test))) as workers:
+        recorder = Recorder(cache, p, batch=settings.batch, seed=settings.seed, workers=workers)
+        suite = _Suite(subjects, dataset, p, settings, recorder, progress)
+        start = time.perf_counter()
+        suite.record(sets)
+        speed = Speed(recorder.n_computed, time.perf_counter() - start, workers.n if workers else 0)
     models = tuple(suite.model(subject) for subject in subjects)
     about: dict[str, Any] = {"severities": list(settings.severities), "n": settings.n, "seed": settings.seed, "ece_bins": N_BINS}
-    lines = [*notes, *suite.notes()]
-    return EvaluationReport(run, len(dataset.classes), about, _described(settings), models, tuple(lines))
+    lines = [*notes, *suite.notes(models)]
+    return EvaluationReport(run, len(dataset.classes), about, _described(settings), models, tuple(lines), suite.movement(), speed=speed)
+
+
+def _n_workers(settings: Settings, n_images: int) -> int:
+    if settings.workers is not None:
+        return settings.workers
+    return worker_count(min(n_images, settings.n or n_images) * len(settings.corruptions) * len(settings.severities))
 
 
 def _own_groups(split: Split) -> tuple[str, ...] | None:
@@ -165,16 +196,21 @@ class _Suite:
         return Chosen.of(split, limit, self.settings.seed, self.p)
 
     def record(self, sets: Sequence[TestSet]) -> None:
-        """Fill the cache with everything that the report needs, one set and one corruption at a time."""
+        """Fill the cache with everything that the report needs, one set and a few corruptions at a time."""
         self._prepare(sets)
         plain = Recorder(self.recorder.folder, as_is(self.p), batch=self.settings.batch, seed=self.settings.seed)
         outputs = [subject.output for subject in self.subjects]
         both = [*outputs, *(output for subject in self.subjects if (output := subject.feature_output))]
         tests = [found.chosen for found in self.sets]
-        jobs = [(self.recorder, both, chosen, [View()]) for chosen in tests]
+        before = [output for subject in self.subjects if (output := subject.before_output)]
+        jobs = [(self.recorder, both + before, chosen, [View()]) for chosen in tests]
         jobs += [(self.recorder, outputs, self.val, [View()])] if self.val else []
         jobs += [(self.recorder, both[len(outputs) :], self.train, [View()])] if self.train else []
-        jobs += [(self.recorder, outputs, tests[0], self._severities(name)) for name in self.settings.corruptions]
+        names = self.settings.corruptions
+        jobs += [
+            (self.recorder, outputs, tests[0], [view for name in names[start : start + TOGETHER] for view in self._severities(name)])
+            for start in range(0, len(names), TOGETHER)
+        ]
         if self.few:
             jobs += [(self.recorder, outputs, self.few, [View(), *(View(SHIFT, pixels) for pixels in DISTANCES)])]
         jobs += [(plain, outputs, chosen, [View(f"pil-{name}")]) for name, chosen in self.refiltered.items()]
@@ -212,9 +248,10 @@ class _Suite:
     def model(self, subject: Subject) -> ModelEvaluation:
         """Everything about one model, from the recorded scores."""
         val = self.val
-        temperature = None if val is None else fit_temperature(self.scores(subject.output, val), val.split.labels)
+        fitted = None if val is None else fit_temperature(self.scores(subject.output, val), val.split.labels)
+        temperature = None if fitted is None else fitted.value
         return ModelEvaluation(
-            subject.name, subject.digest, temperature,
+            subject.name, subject.digest, temperature, fitted is not None and fitted.at_bound,
             tuple(self._set(subject, found, temperature) for found in self.sets if found.labelled),
             tuple(self._corruption(subject, name) for name in self.settings.corruptions),
             tuple(self._detection(subject)), tuple(self._shifts(subject)), tuple(self._resizes(subject)),
@@ -301,7 +338,20 @@ class _Suite:
         tops = {name: _top(self.scores(subject.output, chosen, View(f"pil-{name}"))) for name, chosen in self.refiltered.items()}
         return [ResizeResult(name, Share.of(top == labels), Flips.of(top, base, labels)) for name, top in tops.items()]
 
-    def notes(self) -> list[str]:
+    def movement(self) -> Movement | None:
+        """Of the first subject whose features before fine-tuning can be had."""
+        for subject in self.subjects:
+            before, after = subject.before_output, subject.feature_output
+            if before is not None and after is not None:
+                sets = (self._movement(before, after, found) for found in self.sets)
+                return Movement(tuple(sets), None)
+        return None
+
+    def _movement(self, before: Output, after: Output, found: _Measured) -> FeatureMovement:
+        moved = moved_features(self.scores(before, found.chosen), self.scores(after, found.chosen))
+        return FeatureMovement(found.name, found.kind, len(found.chosen), moved)
+
+    def notes(self, models: Sequence[ModelEvaluation]) -> list[str]:
         """What a reader must know of the numbers."""
         lines = [
             f"set '{found.name}': n = {len(found.chosen)} is too small for a 95 % interval that says much (*: fewer than {MIN_IMAGES})"
@@ -310,10 +360,20 @@ class _Suite:
         ]
         if self.val is None:
             lines.append("no validation images: no temperature was fitted")
+        lines += [_at_bound(model) for model in models if model.temperature_at_bound]
         if not self.refiltered:
             lines.append("resize filters not measured: the images come in the network's size")
         lines += [f"{name}: {DIFFERENCES[name]}" for name in self.settings.corruptions if name in DIFFERENCES]
         return lines
+
+
+def _at_bound(model: ModelEvaluation) -> str:
+    assert model.temperature is not None, "it was fitted"
+    why = "it is right on every image there" if model.temperature < 1 else "its scores say nothing about the classes there"
+    return (
+        f"the temperature of '{model.model}' ended at the bound {model.temperature:.4g} of its search, there is no best one for the "
+        f"validation images ({why}): calibration at it says little"
+    )
 
 
 def _top(scores: Scores) -> Classes:

@@ -54,7 +54,7 @@ def snow(x: Planes, rngs: Rngs, mean: float, deviation: float, zoom: float, floo
     """The image is whitened, then flakes (thresholded noise, enlarged and smeared downwards) are added, also turned by 180 degrees."""
     flakes = zoomed(_normal(x, rngs, mean, deviation), zoom)
     flakes = np.where(flakes < floor, np.float32(0), flakes.clip(0, 1))
-    layer = np.stack([motion_blurred(one, radius, sigma, rng.uniform(-135, -45)) for one, rng in zip(flakes, rngs, strict=True)])[:, None]
+    layer = motion_blurred(flakes, radius, sigma, [rng.uniform(-135, -45) for rng in rngs])[:, None]
     grey = np.einsum("nchw,c->nhw", x, _GREY)[:, None]
     white = keep * x + (1 - keep) * np.maximum(x, 1.5 * grey + 0.5)
     snowy: Planes = white + layer + layer[..., ::-1, ::-1]

@@ -17,12 +17,14 @@ class Stage:
     parameter that requires a gradient for `epochs` at each of `learning_rates`, cosine to 0 by epoch. `batch_norm` "frozen" keeps
     the whole net in eval mode (statistics do not move, dropout is off, scale and shift are trained), "train" puts it in training
     mode. With `keep_start` the untrained start competes with the trained epochs and wins ties. `name` also names the stage's checkpoints.
+    "flyp" is "sgd" of the image tower of an open_clip model (`clip`, `clip_weights`) and of its text tower, which reads the classes in
+    `prompts`.
     "wise" and "soup" train nothing: they average weights of the SGD stage before them.
 
     Further of "sgd": `ema` is the decay of a moving average of the weights (0: none), which is then what is validated and kept;
     `label_smoothing` the share of a label that is spread over all classes; `mixup` the parameter of the Beta distribution that images
     are mixed by (0: none); `sampler` "balanced" draws every class (every group in it, where the data name groups) equally often;
-    `keep_rates` also keeps the best weights of every rate.
+    `keep_rates` also keeps the best weights of every rate, `keep_epochs` those of so many epochs of it, evenly spaced.
     What `run_stages` reads: `l2sp` is the weight of the squared distance from the start, all but the head; `freeze_k` the number of
     coarse layers that stay as they are, from the input; `layers` patterns of names that alone are trained (none: all); with `norms_only`
     only batch norms and the head are; `layer_decay` the factor of the rate from a layer to the one before it.
@@ -30,7 +32,7 @@ class Stage:
     """
 
     name: str
-    solver: Literal["lbfgs", "sgd", "wise", "soup"]
+    solver: Literal["lbfgs", "sgd", "wise", "soup", "flyp"]
     epochs: int = 0
     learning_rates: tuple[float, ...] = ()
     batch_norm: Literal["frozen", "train"] = "frozen"
@@ -44,6 +46,10 @@ class Stage:
     mixup: float = 0.0
     sampler: Literal["shuffle", "balanced"] = "shuffle"
     keep_rates: bool = False
+    keep_epochs: int = 0
+    clip: str = ""
+    clip_weights: str = ""
+    prompts: tuple[str, ...] = ()
     l2sp: float = 0.0
     freeze_k: int = 0
     layers: tuple[str, ...] = ()
@@ -53,7 +59,7 @@ class Stage:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
             raise ConfigError(f"stage name '{self.name}' is not lower-case letters, digits, '-' and '_'")
-        if self.solver == "sgd":
+        if self.solver in ("sgd", "flyp"):
             self._require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
             self._require(_all_positive(self.learning_rates), "learning rates", self.learning_rates, "at least one, all above 0")
             self._require_one_choice()
@@ -95,6 +101,13 @@ METHODS = Registry(
         "LP-FT: linear probe, then fine-tune with frozen batch norm (Kumar et al., ICLR 2022, "
         "'Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution')",
         "edgeft.methods.lpft:LP_FT",
+    ),
+    Entry(
+        "flyp",
+        "FLYP: a CLIP whose image tower is a timm net, by contrast with the texts of the classes (Goyal et al., CVPR 2023, "
+        "'Finetune like you pretrain: Improved finetuning of zero-shot vision models')",
+        "edgeft.methods.flyp:FLYP",
+        extra="flyp",
     ),
     Entry(
         "l2sp",

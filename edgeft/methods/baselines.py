@@ -54,6 +54,7 @@ def fine_tune_stage(config: Config, rates: tuple[float, ...], batch_norm: Litera
         weight_decay=train.weight_decay,
         layers=train.layers,
         sampler=train.sampler,
+        keep_epochs=train.keep_checkpoints,
         **{**NEUTRAL, **own, **given},
     )
 
@@ -64,8 +65,8 @@ class LinearProbe:
 
     def stages(self, config: Config) -> list[Stage]:
         """One probe. Raises ConfigError for settings of fine-tuning, which it does not do."""
-        fields = TrainConfig.model_fields
-        given = [f"train.{key}" for key in (*NEUTRAL, "layers", "sampler") if getattr(config.train, key) != fields[key].default]
+        fields, about = TrainConfig.model_fields, (*NEUTRAL, "layers", "sampler", "keep_checkpoints")
+        given = [f"train.{key}" for key in about if getattr(config.train, key) != fields[key].default]
         if given:
             raise ConfigError(f"method 'lp' fits the head alone, and {', '.join(given)} is about fine-tuning", "--method lpft fine-tunes")
         return [probe_stage(config)]

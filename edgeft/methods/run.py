@@ -3,14 +3,17 @@
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeft.checkpoint import copy_of, state_of
 from edgeft.context import TrainContext
 from edgeft.data import Dataset
+from edgeft.evaluation.movement import moved_head
 from edgeft.layers import rate_scales, trained_only
 from edgeft.merging import SoupResult, WiseResult, soup, wise
-from edgeft.methods import Stage
+from edgeft.methods import METHODS, Stage
 from edgeft.models import Classifier
 from edgeft.objective import L2SP, Labels, Objective
 from edgeft.probe import ProbeResult, fit_probe
@@ -22,18 +25,30 @@ Result = ProbeResult | FitResult | WiseResult | SoupResult
 def run_stages(classifier: Classifier, stages: list[Stage], dataset: Dataset, context: TrainContext) -> list[dict[str, Any]]:
     """Train `classifier` by each stage in turn; it ends with the last stage's best weights, in eval mode.
 
-    Returns a JSON-able record for each stage: its name and settings under "stage" and its choice and history under "result".
-    Finished stages are read back from `context.work`. Raises what `check_stages`, `fit_probe`, `fit`, `wise` and `soup` raise.
+    Returns a JSON-able record for each stage: its name and settings under "stage", its choice and history under "result" and, for what
+    moves a head, under "head_moved" how far the head is from where fine-tuning found it. Finished stages are read back from
+    `context.work`. Raises what `check_stages`, `fit_probe`, `fit`, `wise` and `soup` raise.
     """
     run = _Run(classifier, dataset, context)
+    start = _head(classifier)
     records: list[dict[str, Any]] = []
     for stage in stages:
         result = run.stage(stage)
         context.say(f"{stage.name}: validation {result.val_accuracy:.1%}")
         if records and result.val_accuracy < records[-1]["result"]["val_accuracy"] and stage.solver == "sgd":
             context.say(f"{stage.name}: below its start on validation; lower learning rates (train.lr) may do better")
-        records.append({"stage": asdict(stage), "result": asdict(result)})
+        record = {"stage": asdict(stage), "result": asdict(result)}
+        if stage.solver == "lbfgs":
+            start = _head(classifier)
+        elif stage.solver != "flyp":  # which makes a new head
+            record["head_moved"] = asdict(moved_head(start, _head(classifier)))
+        records.append(record)
     return records
+
+
+def _head(classifier: Classifier) -> NDArray[np.float32]:
+    """Weight and bias of the head as one vector."""
+    return np.concatenate([parameter.detach().float().cpu().numpy().ravel() for parameter in classifier.head.parameters()])
 
 
 class _Run:
@@ -50,6 +65,9 @@ class _Run:
             return fit_probe(self._classifier, stage, self._dataset.train, self._dataset.val, self._context)
         if stage.solver == "sgd":
             return self._tune(stage)
+        if stage.solver == "flyp":
+            found: FitResult = METHODS.get("flyp").tune(self._classifier, stage, self._dataset, self._context)
+            return found
         assert self._tuned is not None, "averages come after an SGD stage"
         if stage.solver == "wise":
             return wise(self._classifier, stage, self._start, self._dataset, self._context)

@@ -59,9 +59,46 @@ int edgeft_conv2d(const edgeft_conv2d_params *p, const uint8_t *x, const int8_t 
 int edgeft_conv2d_wide(const edgeft_conv2d_params *p, const uint8_t *x, const int8_t *weight, const int32_t *bias, const int8_t *shift,
                        int32_t *y);
 
+/* A convolution with packed weights: what fast kernels read.
+ *
+ * Output channels come in blocks of 16, the last one of a group filled up with zeros: weight [groups][blocks][runs][quads][16][4], where
+ * a run is a row of taps, or one tap if dilation_columns or groups > 1, and its taps and channels, filled up with zeros, are taken four at a time.
+ * bias and shift [groups][blocks][16]. What is constant is part of the bias: -128 * (sum of weights) where the input is not stored
+ * as EDGEFT_U8, as it is multiplied as code + 128; and of codes half a step, 2^(shift - 1) where shift > 0, and 128 * 2^shift where low < 0.
+ *
+ * staged_columns > 0: rows are copied into `scratch` with their padding, as so many pixels each, for band_rows output rows at a time:
+ * ((band_rows - 1) * stride_rows + (kernel_rows - 1) * dilation_rows + 1) * staged_columns * in_channels + EDGEFT_SLACK bytes. It is needed
+ * where taps lie beyond the left or right edge, where the input is padded and not stored as EDGEFT_U8, where it is stored as EDGEFT_S8, and
+ * where the bytes of a run are not a multiple of 4. Otherwise it is 0, and band_rows is out_rows.
+ */
+typedef struct {
+    edgeft_conv2d_params conv;
+    int32_t staged_columns, band_rows;
+} edgeft_conv2d_packed_params;
+
+/* Bytes behind the last row of `scratch` that may be read: they are multiplied by zeros. */
+#define EDGEFT_SLACK 64
+
+/* Convolution with packed weights; shifts 0 ... 31. */
+int edgeft_conv2d_packed(const edgeft_conv2d_packed_params *p, const uint8_t *x, const int8_t *weight, const int32_t *bias,
+                         const int8_t *shift, uint8_t *scratch, uint8_t *y);
+
+/* Convolution with packed weights that hands out its accumulators; shifts -30 ... 0, no half steps. */
+int edgeft_conv2d_packed_wide(const edgeft_conv2d_packed_params *p, const uint8_t *x, const int8_t *weight, const int32_t *bias,
+                              const int8_t *shift, uint8_t *scratch, int32_t *y);
+
 /* Convolution with as many groups as input and output channels. weight [kernel_rows][kernel_columns][channels]. */
 int edgeft_dwconv2d(const edgeft_conv2d_params *p, const uint8_t *x, const int8_t *weight, const int32_t *bias, const int8_t *shift,
                     uint8_t *y);
+
+/* Depthwise convolution with packed weights [blocks][kernel_columns][sets][4][16][4], blocks of 64 channels: a set is 4 rows of taps, in the
+ * order of edgeft_vector.h. bias and shift [blocks][4][16] in the same order; constant parts of the bias, and shifts, as in
+ * edgeft_conv2d_packed. At most EDGEFT_MOST_ROWS rows of taps.
+ */
+int edgeft_dwconv2d_packed(const edgeft_conv2d_params *p, const uint8_t *x, const int8_t *weight, const int32_t *bias, const int8_t *shift,
+                           uint8_t *y);
+
+#define EDGEFT_MOST_ROWS 16
 
 /* A matrix product. */
 typedef struct {
@@ -91,6 +128,17 @@ int edgeft_add(const edgeft_add_params *p, const uint8_t *left, const uint8_t *r
 
 /* Residual addition of accumulators and codes, mode `wide` (eq. 21); `left` of the parameters is not used. In place on either operand. */
 int edgeft_add_wide(const edgeft_add_params *p, const int32_t *left, const uint8_t *right, uint8_t *y);
+
+/* An addition in 16 bits: n codes, and the numbers in add_narrow.c, where what each is for is written. */
+typedef struct {
+    int32_t n;
+    uint8_t left_flip, right_flip;
+    uint16_t left_times, right_times, start, below, low, high, base;
+    int32_t shift;
+} edgeft_add_narrow_params;
+
+/* Residual addition of codes whose sum fits into 16 bits (eq. 8). In place on either operand. */
+int edgeft_add_narrow(const edgeft_add_narrow_params *p, const uint8_t *left, const uint8_t *right, uint8_t *y);
 
 /* A product of maps of `pixels` pixels; a gate has one pixel for all of them. */
 typedef struct {

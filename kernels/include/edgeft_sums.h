@@ -21,7 +21,8 @@ static inline int32_t edgeft_code(uint8_t byte, edgeft_storage storage)
 
 /* sum of weight[i] * code(x[i]) over i < n
  *
- * One loop for each storage, so that compilers find their instruction for a sum of products.
+ * One loop for each storage, so that compilers find their instruction for a sum of products. For code + 128 it is written as two products:
+ * gcc 12 makes (x[i] - 128) * weight[i] into an instruction that takes x[i] - 128 for unsigned (-mavx512vnni, 16 and more terms).
  */
 static inline int32_t edgeft_dot(const uint8_t *x, const int8_t *weight, int32_t n, edgeft_storage storage)
 {
@@ -37,7 +38,7 @@ static inline int32_t edgeft_dot(const uint8_t *x, const int8_t *weight, int32_t
         }
     } else {
         for (int32_t i = 0; i < n; i++) {
-            sum += ((int32_t)x[i] - 128) * weight[i];
+            sum += (int32_t)x[i] * weight[i] - 128 * weight[i];
         }
     }
     return sum;

@@ -83,10 +83,10 @@ def test_only_the_lead_rows_are_in_the_readme(tmp_path: Path) -> None:
         n_lead_rows=1,
     )  # fmt: skip
     result = Result.read(file)
-    shown = fill("<!-- table:s -->\n<!-- /table:s -->", [result])
+    shown = fill("<!-- table:s -->\n<!-- /table:s -->", [result], [])
     assert "| lead |" in shown
     assert "| rest |" not in shown
-    assert "| rest |" in page([result])
+    assert "| rest |" in page([result], [])
 
 
 # --- command line --------------------------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def test_results_of_runs_carry_no_paths(tmp_path: Path) -> None:
         "data.ood": ["night=/far/away/dark", "/far/away/dusk"],
         "model.weights": "/far/w.safetensors",
     }
-    tree = runs._portable(build_config(flags=flags | {"out": "/far/run"}).model_dump(mode="json"))
+    tree = runs.portable(build_config(flags=flags | {"out": "/far/run"}).model_dump(mode="json"))
     assert "far" not in json.dumps(tree)
     assert (tree["data"]["source"], tree["data"]["ood"], tree["model"]["weights"]) == ("photos", ["night=dark", "dusk"], "w.safetensors")
 

@@ -38,6 +38,15 @@ def test_aarch64_gives_the_same_codes(make: Callable[..., IntegerGraph], image_f
     assert " 0 of " in run("qemu-aarch64", "./replay", cwd=tmp_path)
 
 
+@pytest.mark.parametrize("make", [every_op, small_mobilenet])
+@pytest.mark.parametrize("extension", ["dotprod", "i8mm"])
+def test_aarch64_with_dot_products_gives_the_same_codes(make: Callable[..., IntegerGraph], extension: str, tmp_path: Path) -> None:
+    need("make", "aarch64-linux-gnu-gcc", "qemu-aarch64")
+    write(make(0, image_format="s8.7"), tmp_path)
+    run("make", "CC=aarch64-linux-gnu-gcc", f"CFLAGS=-O3 -march=armv8.2-a+{extension}", "LDFLAGS=-static", cwd=tmp_path)
+    assert " 0 of " in run("qemu-aarch64", "-cpu", "max", "./replay", cwd=tmp_path)
+
+
 @pytest.mark.parametrize("make", NETS)
 @pytest.mark.parametrize("cpu", [*CPUS])
 def test_cortex_m_gives_the_same_codes(make: Callable[..., IntegerGraph], cpu: str, tmp_path: Path) -> None:
@@ -65,5 +74,5 @@ def test_a_small_net_is_small(tmp_path: Path) -> None:
     replay_on("cortex-m4", write(residual_net(0), tmp_path))
     sizes = run("arm-none-eabi-size", "libmodel.a", cwd=tmp_path)
     text, data = (sum(int(row.split()[column]) for row in sizes.splitlines()[1:]) for column in (0, 1))
-    assert text < 16_000
+    assert text < 20_000
     assert data == 0

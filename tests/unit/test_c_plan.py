@@ -32,8 +32,9 @@ def test_each_op_has_its_kernel() -> None:
     graph = every_op()
     found = kernels_of(plan(graph))
     assert [kernel for kernels in found.values() for kernel in kernels] == [
-        "conv2d", "max_pool", "dwconv2d", "conv2d", "add", "global_pool", "conv2d", "lookup", "mul_gate", "conv2d", "lookup", "conv2d",
-        "mul", "select", "select", "concat", "concat", "concat", "resize", "conv2d", "global_pool", "linear", "linear_wide",
+        "conv2d_packed", "max_pool", "dwconv2d_packed", "conv2d_packed", "add_narrow", "global_pool", "conv2d_packed", "lookup", "mul_gate",
+        "conv2d_packed", "lookup", "conv2d_packed", "mul", "select", "select", "concat", "concat", "concat", "resize", "conv2d_packed",
+        "global_pool", "conv2d_packed", "conv2d_packed_wide",
     ]  # fmt: skip
 
 
@@ -45,7 +46,9 @@ def test_flatten_permutes_the_weights_of_linear_layers_instead_of_codes() -> Non
     assert planned.views == {"flatten1": "conv0"}
     assert planned.stored["flatten1"].map_shape == (5, 3, 4)
     weight = graph.constants[f"{x}.weight"]
-    assert np.array_equal(constants_of(planned, x)["weight"].reshape(6, 3, 4, 5)[:, 1, 2], weight.reshape(6, 5, 3, 4)[:, :, 1, 2])
+    packed = constants_of(planned, x)["weight"]  # [groups, blocks, runs, quads, 16, 4]
+    rows = packed[0, 0, 0].transpose(1, 0, 2).reshape(16, 60)[:6].reshape(6, 3, 4, 5)
+    assert np.array_equal(rows[:, 1, 2], weight.reshape(6, 5, 3, 4)[:, :, 1, 2])
 
 
 def test_flatten_moves_codes_for_readers_that_need_the_order() -> None:
@@ -128,7 +131,7 @@ def single(shift: int, *, out: str = "u8.0", weight: int = 1, bias: int = 0) -> 
 
 
 def test_shifts_beyond_the_kernels_are_shortened_where_the_codes_are_the_same() -> None:
-    assert constants_of(plan(single(40)), "conv0")["shift"].tolist() == [31]
+    assert constants_of(plan(single(40)), "conv0")["shift"].max() == 31
     assert constants_of(plan(single(-40)), "conv0")["shift"].tolist() == [-30]
 
 

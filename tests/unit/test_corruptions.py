@@ -8,9 +8,10 @@ from PIL import Image
 
 from edgeft.errors import ConfigError
 from edgeft.evaluation import corruptions
-from edgeft.evaluation.corruptions import ALL, EXTRA, MAIN, SUBSET, corrupt, glass_blur, selected
-from edgeft.evaluation.filters import disk_blur, distance_to, inside, motion_blurred, plasma, smooth, zoomed
+from edgeft.evaluation.corruptions import ALL, EXTRA, MAIN, NOT_RANDOM, SUBSET, corrupt, glass_blur, selected
+from edgeft.evaluation.filters import disk_blur, distance_to, inside, motion_blurred, plasma, smooth, window, zoomed
 from edgeft.evaluation.shifts import translated
+from edgeft.evaluation.streams import streams
 from edgeft.runner import Images
 
 RNG = np.random.default_rng
@@ -44,16 +45,7 @@ def test_a_view_depends_on_corruption_severity_seed_and_index_alone(name: str, s
         np.testing.assert_array_equal(corrupt(images[place : place + 1], name, 3, [10 + place], seed=1)[0], found[place])
     same = corrupt(np.repeat(images[:1], 2, axis=0), name, 3, [7, 8])
     others = corrupt(np.repeat(images[:1], 2, axis=0), name, 3, [7, 8], seed=2)
-    random = name not in {
-        "defocus_blur",
-        "gaussian_blur",
-        "zoom_blur",
-        "brightness",
-        "saturate",
-        "contrast",
-        "pixelate",
-        "jpeg_compression",
-    }
+    random = name not in NOT_RANDOM
     assert (same[0] != same[1]).any() == random
     assert (same != others).any() == random
 
@@ -173,11 +165,11 @@ def test_zooming_keeps_a_ramp_a_ramp() -> None:
 def test_motion_is_half_a_gaussian_along_its_direction() -> None:
     point = np.zeros((1, 21, 21), np.float32)
     point[0, 10, 10] = 1
-    found = motion_blurred(point, 3, 2.0, 0.0)[0]
+    found = motion_blurred(point, 3, 2.0, [0.0])[0]
     weights = np.exp(-(np.arange(7) ** 2) / 8)
     np.testing.assert_allclose(found[10, 4:11][::-1], weights / weights.sum(), rtol=1e-5)
     assert found.sum() == pytest.approx(1, rel=1e-5)
-    np.testing.assert_allclose(motion_blurred(point, 3, 2.0, 90.0)[0], found.T, atol=1e-7)
+    np.testing.assert_allclose(motion_blurred(point, 3, 2.0, [90.0])[0], found.T, atol=1e-7)
 
 
 def test_plasma_fills_the_unit_interval_and_tiles() -> None:
@@ -198,6 +190,30 @@ def test_distances_are_euclidean_up_to_the_limit() -> None:
     grid = np.stack(np.meshgrid(np.arange(20), np.arange(31), indexing="ij"), axis=-1)
     exact = np.stack([np.sqrt(((grid[:, :, None] - one) ** 2).sum(-1)).min(-1) for one in places])
     np.testing.assert_allclose(distance_to(mask, 6), exact.clip(max=6), rtol=1e-6)
+
+
+def test_enlargements_that_are_one_to_whole_pixels_are_one() -> None:
+    planes = RNG(0).random((2, 3, 32, 32), dtype=np.float32)
+    factors = [1 + 0.01 * step for step in range(30)]
+    windows = [window(32, factor) for factor in factors]
+    assert len(set(windows)) < len(factors)
+    for factor, here in zip(factors, windows, strict=True):
+        np.testing.assert_array_equal(zoomed(planes, factor), zoomed(planes, factors[windows.index(here)]))
+    np.testing.assert_array_equal(zoomed(planes, 1.0), planes)
+
+
+@pytest.mark.parametrize("key", [(0,), (3, 123456789, 5), (2**40 + 7, 1, 2), (1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("indices", [[0, 1, 77, 2**32 - 1], [5, 2**32, 2**40]])
+def test_streams_are_those_of_numpy(key: tuple[int, ...], indices: list[int]) -> None:
+    for stream, index in zip(streams(key, indices), indices, strict=True):
+        np.testing.assert_array_equal(stream.integers(0, 2**62, 8), RNG((*key, index)).integers(0, 2**62, 8))
+
+
+def test_what_is_said_not_to_be_random_is_not() -> None:
+    images = np.repeat(pictures(1, 24), 2, axis=0)
+    for name in ALL:
+        first, second = corrupt(images, name, 3, [0, 1])
+        assert np.array_equal(first, second) == (name in NOT_RANDOM), name
 
 
 # Names and shifts

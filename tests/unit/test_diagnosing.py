@@ -1,22 +1,29 @@
 """A diagnosis from folders and runs: what is looked at, what is counted, and what is refused."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from edgeft.artifact import Artifact
-from edgeft.config import ModelConfig, build_config
+from edgeft.cli import main
+from edgeft.config import Config, ModelConfig, build_config
 from edgeft.data import Split
+from edgeft.data.loading import load_dataset
 from edgeft.diagnosing import diagnose, effective_robustness, quantization_robustness
+from edgeft.diagnosis.family import answers
+from edgeft.diagnosis.report import render
 from edgeft.diagnosis.seeing import look
 from edgeft.errors import ArtifactError, ConfigError, DataError, EdgeftError
 from edgeft.exporting import export
 from edgeft.models import build_classifier
 from edgeft.pipeline import train_quantize
 from edgeft.predicting import load
+from edgeft.progress import Progress
 from tests.conftest import ImageFolder, draw_folder
 from tests.tiny import Squares
 
@@ -157,6 +164,72 @@ def test_features_are_those_of_the_net_with_the_moments_of_its_first_convolution
     assert len(set(seen.digests)) == 70
     assert not any(module._forward_hooks for module in classifier.modules())
     assert torch.isfinite(torch.from_numpy(seen.features)).all()
+
+
+# Baselines from one run, and backbones
+
+
+@pytest.fixture(scope="module")
+def family(root: Path, run: Path) -> Path:
+    """A run from random weights that has kept all of its six epochs."""
+    config = build_config(
+        flags={
+            "data.source": str(root / "photos"), "data.ood": [f"night={root / 'dark-known'}"], "data.size": 32, "data.test_fraction": 0.3,
+            "model.backbone": "test_resnet", "train.method": "ft", "train.epochs": 6, "train.lr": [0.001, 0.003],
+            "train.keep_checkpoints": 6, "quant.recipe": "f8net-tiny", "quant.calibration_images": 8, "verify.samples": 4,
+            "verify.golden": 4, "device": "cpu", "out": root / "family",
+        }
+    )  # fmt: skip
+    train_quantize(config)
+    return root / "family"
+
+
+def test_a_run_keeps_epochs_of_the_rate_that_it_chose(family: Path) -> None:
+    artifact = Artifact.load(family)
+    states = artifact.arrays("checkpoints.safetensors")
+    assert {int(key.partition(".")[0]) for key in states} == {1, 2, 3, 4, 5, 6}
+    result = artifact.document("training.json")["stages"][-1]["result"]
+    own = artifact.arrays("float.safetensors")
+    assert {key.partition(".")[2] for key in states} == set(own)
+    for name, value in own.items():
+        np.testing.assert_array_equal(states[f"{result['epoch']}.{name}"], value)
+    rows = {row["epoch"]: row["val_accuracy"] for row in result["history"] if row["lr"] == result["lr"]}
+    val = load_dataset(Config.model_validate(artifact.manifest.config), Progress(False)).val
+    for name, (top,) in answers(artifact, [val], Progress(False)).items():
+        assert (top == val.labels).mean() == pytest.approx(rows[int(name.rpartition(" ")[2])])
+
+
+def test_the_epochs_of_a_run_are_a_family_of_baselines(run: Path, family: Path) -> None:
+    found = effective_robustness(family, [run])
+    assert [point.name for point in found.line.points] == [f"{family}: epoch {epoch}" for epoch in range(1, 7)]
+    assert [(point.n_id, point.n_ood) for point in found.line.points] == [(63, 30)] * 6
+    assert [model.point.name for model in found.models] == [f"{run}: float", f"{run}: fixed point"]
+
+
+def test_a_diagnosis_with_baselines_has_a_line_for_each_part(root: Path, run: Path, family: Path) -> None:
+    found = diagnose(None, "night", run=run, baselines=family)
+    assert [(part.part, part.n) for part in found.robustness] == [
+        ("shifted", 30), ("in support", found.models[0].inside.n), ("out of support", found.models[0].outside.n),
+    ]  # fmt: skip
+    tree = found.to_json()["effective_robustness"]
+    assert [part["part"] for part in tree] == ["shifted", "in support", "out of support"]
+    assert "effective robustness, points [95 %]" in render(found)
+    assert refusal(ConfigError, root / "photos", root / "dark", baselines=family) == "baselines were given, and no run to hold against them"
+    message = refusal(DataError, None, "night", run=run, baselines=run)
+    assert message == f"the run '{run}' has kept 0 epochs of its training, and a line of baselines needs 5"
+
+
+def test_features_of_any_backbone_with_a_file_of_weights(
+    root: Path, family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(Artifact.load(family).arrays("float.safetensors"), tmp_path / "net.safetensors")
+    flags = ["--backbone", "test_resnet", "--weights", str(tmp_path / "net.safetensors"), "--json"]
+    assert main(["diagnose", "--ref", str(root / "photos"), "--shift", str(root / "dark"), *flags]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["backbone"] == "test_resnet, pretrained weights"
+    assert tree["out_of_support"]["share"] > 0.9
+    assert main(["diagnose", "--ref", "a", "--shift", "b", "--weights", "w"]) == 2
+    assert "error: --weights are those of a backbone, and none was named" in capsys.readouterr().err
 
 
 # Effective robustness of runs

@@ -1,22 +1,31 @@
 """evaluate() on a finished run and its export: both models, the run's own numbers, other sets, groups, and what is refused."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from edgeft import evaluating
 from edgeft.artifact import Artifact
 from edgeft.bench.peers import float_classifier
-from edgeft.config import build_config
+from edgeft.cli import main
+from edgeft.config import Config, build_config
+from edgeft.data.loading import load_dataset, subset
+from edgeft.data.preprocess import Preprocessing
 from edgeft.errors import ArtifactError, ConfigError, DataError, UnsupportedError
 from edgeft.evaluating import evaluate
-from edgeft.evaluation.movement import movement
+from edgeft.evaluation.counting import count_shares
+from edgeft.evaluation.movement import Moved, moved_features, moved_head
 from edgeft.evaluation.rendering import render
+from edgeft.evaluation.saturating import Saturation, Shares
 from edgeft.exporting import export
 from edgeft.interpret import Interpreter
+from edgeft.models import Classifier, build_classifier
 from edgeft.pipeline import train_quantize
+from edgeft.progress import Progress
 from tests.conftest import draw_folder
 
 
@@ -114,20 +123,86 @@ def test_what_is_refused(run: Path, tmp_path: Path) -> None:
     assert caught.value.message.startswith(f"the data of '{run}' are not at hand: ")
 
 
-def test_movement_of_features_and_head(run: Path) -> None:
+def test_movement_and_saturation_are_in_the_report(run: Path, cache: Path, tmp_path: Path) -> None:
+    found = evaluate(run, sets={"web": draw_folder(tmp_path / "web", n=4, size=(40, 36), shift=90)}, cache=cache)
+    assert found.movement is not None
+    assert [(one.name, one.kind, one.n) for one in found.movement.sets] == [("id", "id", 6), ("night", "ood", 15), ("web", "ood", 12)]
     artifact = Artifact.load(run)
-    before, after = float_classifier(artifact), float_classifier(artifact)
-    images = artifact.samples()["images"]
-    still = movement(before, after, images)
-    assert (still.n, still.features, still.features_relative, still.head, still.head_relative) == (len(images), 0, 0, 0, 0)
-    after.head.weight.data += 0.5
-    after.head.bias.data -= 0.5
-    moved = movement(before, after, images)
-    count = after.head.weight.numel() + after.head.bias.numel()
-    assert moved.head == pytest.approx(0.5 * np.sqrt(count), rel=1e-5)
-    assert moved.features == 0
-    first = next(parameter for parameter in after.net.parameters() if parameter.ndim == 4)
-    first.data *= 1.1
-    both = movement(before, after, images)
-    assert 0 < both.features_relative < 1
-    assert both.features > 0
+    config = Config.model_validate(artifact.manifest.config)
+    after = float_classifier(artifact)
+    start = Classifier(build_classifier(config.model, config.data, 3, 32, 0).net, after.preprocessing).eval()
+    dataset = load_dataset(config, Progress(False))
+    images = torch.from_numpy(subset([dataset.id_test], after.preprocessing, 6, 0))
+    with torch.inference_mode():
+        old, new = start.features(images), after.features(images)
+    assert found.movement.sets[0].moved.distance == pytest.approx(float((new - old).norm(dim=1).mean()), rel=1e-4)
+    assert found.movement.sets[0].moved.distance > 0
+    assert found.movement.head == Moved(**artifact.document("training.json")["stages"][-1]["head_moved"])
+    assert found.saturation is not None
+    assert found.saturation.images == {"id": 6, "ood:night": 8, "ood:web": 12}
+    known = artifact.document("saturation.json")["tensors"]
+    assert [one.name for one in found.saturation.activations] == list(known)
+    assert all("ood:web" in one.sets for one in found.saturation.activations)
+    tree = json.loads(json.dumps(found.to_json()))
+    assert tree["saturation"]["activations"][0]["sets"]["id"].keys() == {"saturated", "underflow"}
+    assert tree["movement"]["sets"][1]["moved"].keys() == {"distance", "relative"}
+    for part in ("Movement by fine-tuning", "features, ood:web", "head, since fine-tuning began", "Saturation of the fixed-point"):
+        assert part in render(found)
+
+
+def test_the_interpreter_counts_what_the_run_wrote_down(run: Path) -> None:
+    artifact = Artifact.load(run)
+    config, p = Config.model_validate(artifact.manifest.config), Preprocessing.from_json(artifact.manifest.preprocessing)
+    night = load_dataset(config, Progress(False)).ood[0]
+    counted = count_shares(artifact.graph(), subset([night], p, config.verify.samples, config.seed))
+    for one in Saturation.of_run(artifact.document("saturation.json")).activations:
+        assert counted[one.name] == pytest.approx(one.sets["ood:night"])
+
+
+def test_without_the_pretrained_weights_movement_is_not_measured(run: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise ConfigError("cannot read the weights 'w.safetensors'")
+
+    monkeypatch.setattr(evaluating, "build_classifier", missing)
+    found = evaluate(run, cache=cache)
+    assert found.movement is None
+    assert "movement by fine-tuning not measured: cannot read the weights 'w.safetensors'" in found.notes
+    assert "Movement by fine-tuning" not in render(found)
+
+
+def test_movement_by_hand() -> None:
+    before = np.array([[3, 4], [0, 2]], np.float32)
+    assert moved_features(before, before) == Moved(0.0, 0.0)
+    found = moved_features(before, before + np.array([[0, 1], [3, 0]], np.float32))
+    assert (found.distance, found.relative) == pytest.approx((2.0, (1 / 5 + 3 / 2) / 2))
+    assert moved_head(np.array([1.0, 0.0]), np.array([1.0, 0.5])) == Moved(0.5, 0.5)
+
+
+def test_saturation_ranks_by_what_is_new_out_of_distribution() -> None:
+    def entry(inside: float, outside: float, clip: bool = False) -> dict[str, object]:
+        splits = {label: {"top": share, "bottom": 0.0, "underflow": 0.0} for label, share in (("id", inside), ("ood:a", outside))}
+        return {"format": "u8.6", "clip": clip, "splits": splits}
+
+    tensors = {"same": entry(0.2, 0.2), "more": entry(0.1, 0.3), "new": entry(0.0, 0.1), "relu6": entry(0.0, 0.9, clip=True)}
+    found = Saturation.of_run({"images": {"id": 5, "ood:a": 5}, "tensors": tensors})
+    assert [one.name for one in found.most_beyond(5)] == ["more", "new"]
+    assert [one.name for one in found.most_beyond(1)] == ["more"]
+    assert found.mean("ood:a") == pytest.approx(0.2)
+    wider = found.with_set("ood:b", 3, {"more": Shares(0.9, 0.0)})
+    assert wider.activations[1].worst == "ood:b"
+    assert wider.activations[1].excess == pytest.approx(0.8)
+    assert wider.mean("ood:b") == 0.9
+
+
+def test_the_verb_takes_workers(run: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(run, cache=cache)
+    flags = ["--corruptions", "fog", "--severity", "2", "--cache", str(cache), "--json"]
+    assert main(["evaluate", str(run), *flags, "--workers", "1"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["speed"]["workers"] == 1
+    assert tree["speed"]["views"] == 2 * 6, "the rest is known"
+    assert main(["evaluate", str(run), *flags]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again.pop("speed") == {"views": 0, "seconds": pytest.approx(0, abs=60), "workers": 0, "views_per_s": 0.0}
+    tree.pop("speed")
+    assert again == tree

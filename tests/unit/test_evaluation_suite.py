@@ -113,6 +113,8 @@ def test_everything_else_is_there(report: EvaluationReport) -> None:
     assert exact.temperature is not None
     assert coarse.temperature is not None
     assert exact.temperature != coarse.temperature, "fitted to each model"
+    assert not exact.temperature_at_bound
+    assert not any("bound" in note for note in report.notes)
     found = exact.sets[0]
     assert found.calibrated is not None
     assert found.calibrated != found.calibration
@@ -321,6 +323,26 @@ def test_without_validation_images_there_is_no_temperature(tmp_path: Path) -> No
     assert found.models[0].sets[0].calibrated is None
     assert "no validation images: no temperature was fitted" in found.notes
     render(found)
+
+
+def test_a_temperature_at_the_bound_of_its_search_is_flagged(tmp_path: Path) -> None:
+    class Knowing(ChannelMeans):
+        """Right on every image: its score is the label, which the order of the images tells."""
+
+        def logits(self, images: Images) -> Logits:
+            first = self.n_images
+            self.n_images += len(images)
+            scores: Logits = np.eye(3, dtype=np.float32)[(first + np.arange(len(images))) % 3]
+            return scores
+
+    val = replace(tiny.DATA, val=tiny.split("val", "val", 36, 2), id_test=tiny.split("id", "id", 36, 3), ood=())
+    found = evaluated(tmp_path, [Subject("knowing", "d", Knowing("knowing"))], val, settings=Settings(batch=12))
+    (model,) = found.models
+    assert model.temperature_at_bound
+    assert found.to_json()["models"][0]["temperature_at_bound"] is True
+    (note,) = [line for line in found.notes if "ended at the bound" in line]
+    assert note.startswith("the temperature of 'knowing' ended at the bound 0.006738 of its search")
+    assert "0.01 (bound)" in render(found)
 
 
 def test_the_net_of_tiny_goes_through(tmp_path: Path) -> None:

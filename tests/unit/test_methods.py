@@ -13,7 +13,7 @@ def stages(method: str, **flags: Any) -> list[Stage]:
 
 
 def test_the_methods_and_their_stages() -> None:
-    names = ["bang", "ema", "freeze", "ft", "l2sp", "layer-decay", "lp", "lpft", "norm-tune", "soup", "surgical", "wise"]
+    names = ["bang", "ema", "flyp", "freeze", "ft", "l2sp", "layer-decay", "lp", "lpft", "norm-tune", "soup", "surgical", "wise"]
     assert METHODS.names() == names
     assert [[(stage.name, stage.solver) for stage in stages(name)] for name in ("ft", "lp", "lpft", "wise", "soup")] == [
         [("fine-tune", "sgd")],

@@ -105,17 +105,23 @@ def test_the_temperature_is_found_and_helps() -> None:
     honest = 2 * rng.normal(size=(20_000, 4))
     labels = (honest + rng.gumbel(size=honest.shape)).argmax(axis=1)
     logits = (3 * honest).astype(np.float32)
-    found = fit_temperature(logits, labels)
+    fitted = fit_temperature(logits, labels)
+    assert not fitted.at_bound
+    found = fitted.value
     assert found == pytest.approx(3, rel=0.05)
     at = [calibration(logits, labels, t).nll for t in (found / 1.02, found, found * 1.02)]
     assert at[1] == min(at)
     assert calibration(logits, labels, found).ece < 0.02 < calibration(logits, labels).ece
 
 
-def test_temperatures_without_an_optimum_stay_finite() -> None:
+def test_temperatures_without_an_optimum_stay_finite_and_say_so() -> None:
     logits = np.eye(3, dtype=np.float32)
-    assert fit_temperature(logits, np.arange(3)) == pytest.approx(math.exp(-5), rel=1e-6)
-    assert fit_temperature(logits, np.array([1, 2, 0])) == pytest.approx(math.exp(5), rel=1e-6)
+    for labels, log_t in ((np.arange(3), -5), (np.array([1, 2, 0]), 5)):
+        found = fit_temperature(logits, labels)
+        assert found.value == pytest.approx(math.exp(log_t), rel=1e-6)
+        assert found.at_bound
+    sure = 100 * logits[[0, 1, 2, 0]]
+    assert not fit_temperature(sure, np.array([0, 1, 2, 1])).at_bound, "a large temperature, and an optimum"
 
 
 # Detection

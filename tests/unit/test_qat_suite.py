@@ -109,7 +109,7 @@ def test_float_weights_of_the_run_are_used(finished: Path) -> None:
     subject = qat.Subject.read("tiny", finished, ["quant.epochs=2"], SILENT)
     assert subject.config.quant.epochs == 2
     assert subject.rate == 0.001
-    top = qat.scores(FloatModel(subject.classifier()), subject, ImageCache(64))
+    top = qat.scores(FloatModel(subject.classifier()), subject.dataset, subject.preprocessing, ImageCache(64))
     stored = subject.artifact.arrays("predictions.safetensors")
     assert all(np.array_equal(logits.argmax(1), stored[f"float/{split}"]) for split, logits in top.items())
 

@@ -23,7 +23,7 @@ def divergence(net: FixedPointNet, plan: Plan, images: torch.Tensor) -> float:
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("build", [residual_net, depthwise_net])
 def test_search_undoes_bad_formats_and_leaves_a_net_that_lowers(build: object, granularity: str) -> None:
-    plan = prepared(randomise(build()))  # type: ignore[operator]
+    plan = prepared(randomise(build(), 1))  # type: ignore[operator]
     images = torch.from_numpy(bytes_of(32, seed=3))
     net, _ = calibrate(plan, images, QuantConfig(format="grid", granularity=granularity, fit_ranges=False), lambda *_: None)
     proposals = {point.name: net.frac(point.name) - 2 * (point.min_frac is None) for point in net.points}

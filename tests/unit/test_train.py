@@ -23,7 +23,7 @@ from edgeft.feed import epoch_steps, stream_seed
 from edgeft.methods import Stage
 from edgeft.objective import Labels
 from edgeft.progress import Progress
-from edgeft.train import fit, make_accelerator
+from edgeft.train import fit, kept_epochs, make_accelerator
 from tests.conftest import ROOT
 from tests.tiny import DATA, STAGE, STEPS, TinyNet, context, same, tensors, trained
 
@@ -342,3 +342,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert same(*found)
     for name, value in tensors(model).items():
         assert torch.allclose(found[0][name].float(), value.float(), rtol=1e-3, atol=1e-5), name
+
+
+def test_kept_epochs_are_evenly_spaced_and_end_with_the_last() -> None:
+    assert kept_epochs(12, 4) == [3, 6, 9, 12]
+    assert kept_epochs(10, 3) == [4, 7, 10]
+    assert kept_epochs(3, 8) == [1, 2, 3]
+    assert kept_epochs(5, 0) == []

@@ -11,7 +11,7 @@ from edgeft.quant.net import FixedPointNet
 from edgeft.quant.plan import ConvStep, Plan, Step, Weighted, rectify
 
 SPAN = 8
-"""Weight fractions that are tried, upwards from the largest that clips nothing."""
+"""Weight fractions that are tried for a whole layer, upwards from the largest that clips nothing."""
 SHORT_LIST = 3
 """Candidates that are rounded with compensation, the best after plain rounding."""
 NEWTON_STEPS = 4
@@ -95,20 +95,19 @@ class LayerFit:
 
 
 def fit_layer(sample: LayerSample, fracs: Tensor | None, high: int, *, per_channel: bool) -> list[LayerFit]:
-    """Weights rounded with compensation at the given fractions, 0-dim or [out]; or, for None, at those of least output error.
+    """Weights rounded with compensation at the given fractions, 0-dim or [out]; or, for None, at those that suit the layer.
 
-    Returns the best fit first, then the others that were compared, all per layer or all per channel (the combination of the best rows
-    first). Raises torch.linalg.LinAlgError where inputs are degenerate.
+    For a whole layer these are the ones of least output error: returns the best fit first, then the others that were compared. Each
+    channel alone gets the largest that clips nothing, and there is one fit: few columns decide over each, and what clipping gains on
+    them does not carry over to other images. Raises torch.linalg.LinAlgError where inputs are degenerate.
     """
     target = sample.target()
     if fracs is not None:
         return [_rounded(sample, target, fracs.flatten(), high)]
     starts = _largest_unclipped(target, high, per_channel=per_channel)
-    offsets = range(SPAN) if per_channel else _short_list(sample, target, starts, high)
-    fits = [_rounded(sample, target, starts + offset, high) for offset in offsets]
     if per_channel:
-        best = torch.stack([fit.errors for fit in fits]).argmin(0)
-        return [_chosen(sample, fits, best), *fits]
+        return [_rounded(sample, target, starts, high)]
+    fits = [_rounded(sample, target, starts + offset, high) for offset in _short_list(sample, target, starts, high)]
     return sorted(fits, key=lambda fit: fit.error)
 
 

@@ -1,0 +1,148 @@
+/* Sixteen accumulators in one register of AVX-512, products by VNNI. edgeft_vector.h says what everything is. */
+#ifndef EDGEFT_AVX512_H
+#define EDGEFT_AVX512_H
+
+#include <immintrin.h>
+
+#define EDGEFT_ISA "AVX-512 VNNI"
+
+/* 28 accumulators, two registers of weights, one of codes: 31 of 32. */
+#define EDGEFT_TILE_PIXELS 14
+#define EDGEFT_TILE_BLOCKS 2
+
+typedef __m512i edgeft_v16;
+typedef __m512i edgeft_weights;
+typedef __m512i edgeft_quad;
+
+typedef struct {
+    __m512i shift, below, even;
+} edgeft_rounds;
+
+typedef struct {
+    __m256i low, high, flip;
+} edgeft_limits;
+
+static EDGEFT_INLINE edgeft_limits edgeft_make_limits(int32_t low, int32_t high)
+{
+    const int32_t offset = low < 0 ? 128 : 0;
+    edgeft_limits limits;
+    limits.low = _mm256_set1_epi8((char)(low + offset));
+    limits.high = _mm256_set1_epi8((char)(high + offset));
+    limits.flip = _mm256_set1_epi8((char)offset);
+    return limits;
+}
+
+static EDGEFT_INLINE edgeft_v16 edgeft_load(const int32_t *values)
+{
+    return _mm512_loadu_si512(values);
+}
+
+static EDGEFT_INLINE edgeft_weights edgeft_load_weights(const int8_t *weight)
+{
+    return _mm512_loadu_si512(weight);
+}
+
+static EDGEFT_INLINE edgeft_quad edgeft_load_quad(const uint8_t *codes)
+{
+    return _mm512_set1_epi32(*(const edgeft_anywhere *)(const void *)codes);
+}
+
+/* In assembly for gcc, which otherwise keeps accumulators in memory within the loop (gcc 12). */
+static EDGEFT_INLINE edgeft_v16 edgeft_dot4(edgeft_v16 acc, edgeft_quad codes, edgeft_weights weight)
+{
+#if defined(__clang__)
+    return _mm512_dpbusd_epi32(acc, codes, weight);
+#else
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(weight));
+    return acc;
+#endif
+}
+
+/* Nothing that comes later is moved before this: it would take registers from the loop over products. */
+static EDGEFT_INLINE edgeft_v16 edgeft_settle(edgeft_v16 acc)
+{
+    __asm__ volatile("" : "+v"(acc));
+    return acc;
+}
+
+static EDGEFT_INLINE edgeft_rounds edgeft_make_rounds(const int8_t *shift)
+{
+    edgeft_rounds rounds;
+    rounds.shift = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)shift));
+    rounds.below = _mm512_sub_epi32(_mm512_sllv_epi32(_mm512_set1_epi32(1), rounds.shift), _mm512_set1_epi32(1));
+    rounds.even = _mm512_mask_set1_epi32(_mm512_set1_epi32(-1), _mm512_test_epi32_mask(rounds.shift, rounds.shift), -2);
+    return rounds;
+}
+
+static EDGEFT_INLINE edgeft_v16 edgeft_round16(edgeft_v16 acc, const edgeft_rounds *rounds)
+{
+    const __m512i shifted = _mm512_srav_epi32(acc, rounds->shift);
+    return _mm512_mask_and_epi32(shifted, _mm512_testn_epi32_mask(acc, rounds->below), shifted, rounds->even);
+}
+
+static EDGEFT_INLINE edgeft_v16 edgeft_shift_left16(edgeft_v16 acc, const int8_t *shift)
+{
+    const __m512i right = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)shift));
+    return _mm512_sllv_epi32(acc, _mm512_sub_epi32(_mm512_setzero_si512(), right));
+}
+
+static EDGEFT_INLINE void edgeft_store_words(int32_t *y, int32_t n, edgeft_v16 words)
+{
+    _mm512_mask_storeu_epi32(y, (__mmask16)(n >= 16 ? 0xFFFFu : (1u << n) - 1u), words);
+}
+
+/* Packing saturates to 16 bits, then to the byte, within lanes of 128 bits; then the dwords are put into order. */
+static EDGEFT_INLINE void edgeft_store_codes(uint8_t *y, int32_t n, const edgeft_v16 *codes, int blocks, const edgeft_limits *limits)
+{
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 4, 8, 12, 1, 5, 9, 13);
+    const __m512i words = _mm512_packs_epi32(codes[0], codes[blocks - 1]);
+    __m256i bytes = _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, _mm512_packus_epi16(words, words)));
+    bytes = _mm256_max_epu8(_mm256_min_epu8(bytes, limits->high), limits->low);
+    bytes = _mm256_xor_si256(bytes, limits->flip);
+    if (n >= 32) {
+        _mm256_storeu_si256((__m256i *)(void *)y, bytes);
+    } else {
+        _mm256_mask_storeu_epi8(y, (1u << n) - 1u, bytes);
+    }
+}
+
+typedef __m512i edgeft_codes;
+typedef __m512i edgeft_quads;
+
+static EDGEFT_INLINE edgeft_codes edgeft_load_codes(const uint8_t *x, int32_t n, int32_t flip)
+{
+    const __mmask64 mask = n >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << n) - 1u;
+    const __m512i codes = _mm512_maskz_loadu_epi8(mask, x);
+    return flip ? _mm512_xor_si512(codes, _mm512_set1_epi8((char)flip)) : codes;
+}
+
+static EDGEFT_INLINE void edgeft_interleave(edgeft_codes a, edgeft_codes b, edgeft_codes c, edgeft_codes d, edgeft_quads *quads)
+{
+    const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
+    const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
+    quads[0] = _mm512_unpacklo_epi16(ab_low, cd_low);
+    quads[1] = _mm512_unpackhi_epi16(ab_low, cd_low);
+    quads[2] = _mm512_unpacklo_epi16(ab_high, cd_high);
+    quads[3] = _mm512_unpackhi_epi16(ab_high, cd_high);
+}
+
+static EDGEFT_INLINE edgeft_v16 edgeft_dot4_each(edgeft_v16 acc, edgeft_quads quads, edgeft_weights weight)
+{
+    return edgeft_dot4(acc, quads, weight);
+}
+
+static EDGEFT_INLINE void edgeft_store_depth(uint8_t *y, int32_t n, const edgeft_v16 *codes, const edgeft_limits *limits)
+{
+    const __m512i low = _mm512_packs_epi32(codes[0], codes[1]), high = _mm512_packs_epi32(codes[2], codes[3]);
+    __m512i bytes = _mm512_packus_epi16(low, high);
+    bytes = _mm512_min_epu8(bytes, _mm512_broadcast_i64x4(limits->high));
+    bytes = _mm512_max_epu8(bytes, _mm512_broadcast_i64x4(limits->low));
+    bytes = _mm512_xor_si512(bytes, _mm512_broadcast_i64x4(limits->flip));
+    if (n >= 64) {
+        _mm512_storeu_si512(y, bytes);
+    } else {
+        _mm512_mask_storeu_epi8(y, ((__mmask64)1 << n) - 1u, bytes);
+    }
+}
+
+#endif
