@@ -217,6 +217,7 @@ def targets(
     backbone: Annotated[str | None, typer.Option(help="timm name; default: edgeft_micro, mobilenetv2_100, resnet18 and resnet50")] = None,
     size: Size = None,
     n: Annotated[int, typer.Option("--n", min=1, help="images for every file")] = 1000,
+    target: Annotated[str | None, typer.Option(help="one target, in a result file of its own; default: all")] = None,
     threads: Threads = 1,
     out: Out = RESULTS,
 ) -> None:
@@ -225,7 +226,7 @@ def targets(
     from benchmarks.nets import chosen
     from benchmarks.targets import CASES, run
 
-    _done(run(CASES if backbone is None else chosen(backbone, size), out, n=n, progress=Progress()))
+    _done(run(CASES if backbone is None else chosen(backbone, size), out, n=n, only=target, progress=Progress()))
 
 
 @app.command("gpu-check")

@@ -38,12 +38,15 @@ class Compiler:
         return f"{self.name} {flags} ({self.instructions})"
 
 
-def find_compiler(names: Sequence[str] = COMPILERS) -> Compiler:
-    """The first of some compilers that is installed. Raises MissingExtraError naming what to install."""
+def find_compiler(names: Sequence[str] = COMPILERS, more: tuple[str, ...] | None = None) -> Compiler:
+    """The first of some compilers that is installed, for the machine at hand, or with the flags `more` instead of those that say so.
+
+    Raises MissingExtraError naming what to install.
+    """
     path = next((found for name in names if (found := shutil.which(name))), None)
     if path is None:
         raise MissingExtraError(f"there is no C compiler here: looked for {', '.join(names)}", "apt-get install gcc libc6-dev")
-    return _describe(path)
+    return _describe(path, more)
 
 
 def build(folder: Path, sources: Sequence[str], compiler: Compiler, *, traced: bool = False) -> Path:
@@ -89,16 +92,16 @@ def _call(command: Sequence[str], compiler: Compiler, folder: Path) -> None:
 
 
 @cache
-def _describe(path: str) -> Compiler:
+def _describe(path: str, more: tuple[str, ...] | None) -> Compiler:
     """Read what a compiler is from the macros it defines: its name may be cc."""
     done = _preprocess(path, "-dM")
     macros = dict(re.findall(r"^#define (__\w+__) (\d+)$", done.stdout, re.MULTILINE))
     kind = "clang" if "__clang_major__" in macros else "gcc"
     keys = ("__clang_major__", "__clang_minor__") if kind == "clang" else ("__GNUC__", "__GNUC_MINOR__")
     version = ".".join(macros.get(key, "?") for key in keys)
-    native = [flag for flag in NATIVE_FLAGS if _preprocess(path, flag).returncode == 0][:1]
-    more = [KEEP_LOOPS] if _preprocess(path, "-Werror", KEEP_LOOPS).returncode == 0 else []
-    flags = (*BASE_FLAGS, *native, "-ffreestanding", *more)
+    machine = [flag for flag in NATIVE_FLAGS if _preprocess(path, flag).returncode == 0][:1] if more is None else more
+    keep = [KEEP_LOOPS] if _preprocess(path, "-Werror", KEEP_LOOPS).returncode == 0 else []
+    flags = (*BASE_FLAGS, *machine, "-ffreestanding", *keep)
     return Compiler(path, f"{kind} {version}", flags, _instructions(path, flags))
 
 
