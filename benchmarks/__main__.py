@@ -212,6 +212,23 @@ def cpu_latency(
     _done(run(NETS if backbone is None else (backbone,), size, out, n_rounds=rounds, n_calls=calls, progress=Progress()))
 
 
+@app.command("cortex-m")
+def cortex_m(
+    cores: Annotated[str, typer.Option(help="cores, separated by commas")] = "cortex-m4,cortex-m7,cortex-m55",
+    backbone: Annotated[str | None, typer.Option(help="timm name; default: edgeft_micro at 48 px and MobileNetV1 0.25 at 128 px")] = None,
+    size: Size = None,
+    out: Out = RESULTS,
+) -> None:
+    """Instructions, flash and RAM of the C bundle on Cortex-M, played by QEMU: simple, portable and DSP kernels."""
+    _limit(1)
+    from benchmarks.boards import boards_of
+    from benchmarks.cortex_m import CASES, run
+    from benchmarks.nets import chosen
+
+    cases = CASES if backbone is None else chosen(backbone, size)
+    _done(run(cases, out, boards=boards_of(cores.split(",")), progress=Progress()))
+
+
 @app.command("targets")
 def targets(
     backbone: Annotated[str | None, typer.Option(help="timm name; default: edgeft_micro, mobilenetv2_100, resnet18 and resnet50")] = None,

@@ -10,6 +10,11 @@ ROUNDS = 300
 """Placements tried by swapping two tensors in the order, where the orders that are tried first miss the bound."""
 
 
+def aligned(n_bytes: int) -> int:
+    """Bytes with those that keep what comes next aligned."""
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
 @dataclass(frozen=True)
 class Block:
     """Memory that is needed from step `first` to step `last`, both included."""
@@ -26,7 +31,7 @@ class Block:
     @property
     def size(self) -> int:
         """Bytes with those that keep the next block aligned."""
-        return -(-self.n_bytes // ALIGNMENT) * ALIGNMENT
+        return aligned(self.n_bytes)
 
     def meets(self, other: "Block") -> bool:
         """Whether both are needed at some step."""

@@ -4,6 +4,7 @@ What a kernel computes and how tensors lie in memory is written in kernels/inclu
 """
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from edgeft.artifact import Artifact, atomic_write, json_bytes
 from edgeft.errors import MissingExtraError
 from edgeft.export import ExportResult, Runtime
 from edgeft.export.c_arena import ALIGNMENT
+from edgeft.export.c_bands import FusedBlock
+from edgeft.export.c_fusion import fuse
 from edgeft.export.c_memory import Memory, lay_out
 from edgeft.export.c_plan import LOGITS, Plan, plan
 from edgeft.export.c_runner import DESCRIPTION, CRunner
@@ -56,29 +59,37 @@ class CTarget:
 
 
 TARGET = CTarget()
+Fusion = Callable[[Plan], tuple[FusedBlock, ...]]
 
 
-def write_bundle(graph: IntegerGraph, images: Images, out: Path, title: str = "") -> dict[str, Any]:
+def write_bundle(
+    graph: IntegerGraph, images: Images, out: Path, title: str = "", *, fusion: Fusion = fuse, fast: bool = True
+) -> dict[str, Any]:
     """Write a graph as a bundle that replays some of the images; what was written, for the report.
+
+    `fusion` decides which layers are fused; without `fast` only simple kernels are called, to compare with.
 
     Raises UnsupportedError naming the layer that no kernel computes.
     """
-    planned = plan(graph)
-    memory = lay_out(planned)
+    planned = plan(graph, fast=fast)
+    memory = lay_out(planned, fusion(planned))
     shown = images[: max(1, min(MOST_GOLDEN, MOST_GOLDEN_BYTES // images[0].size))]
     texts = bundle_files(planned, memory, shown, golden(graph, shown)[f"layer:{graph.output}"], title or "A network of edgeft")
     (out / "kernels").mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         atomic_write(out / name, text.encode())
-    about = describe(planned, memory)
+    about = describe(planned, memory, lay_out(planned) if memory.fused else memory)
     atomic_write(out / DESCRIPTION, json_bytes(about))
     _remove_products(out, about["sources"])
-    kept = ("arena_bytes", "arena_lower_bound", "constant_bytes", "kernels", "in_place")
+    kept = ("arena_bytes", "arena_lower_bound", "arena_unfused", "fused", "constant_bytes", "kernels", "in_place")
     return {"golden_images": len(shown), "tensors": len(graph.tensors), **{key: about[key] for key in kept}}
 
 
-def describe(planned: Plan, memory: Memory) -> dict[str, Any]:
-    """What bundle.json says: every tensor and where it lies, the sources, memory, and how often each kernel is called."""
+def describe(planned: Plan, memory: Memory, unfused: Memory) -> dict[str, Any]:
+    """What bundle.json says: every tensor and where it lies, the sources, how many layers each kernel computes, what is fused, and memory.
+
+    `unfused`: where everything would be without fused blocks.
+    """
     graph = planned.graph
     tensors = []
     for name in (graph.input, *(op.output for op in graph.ops)):
@@ -88,8 +99,10 @@ def describe(planned: Plan, memory: Memory) -> dict[str, Any]:
             "map_shape": stored.map_shape, "place": memory.homes[name], "offset": memory.offsets.get(name, 0),
         })  # fmt: skip
     return {
-        "image_offset": image_offset(graph), "tensors": tensors, "sources": sources(planned),
+        "image_offset": image_offset(graph), "tensors": tensors, "sources": sources(planned, memory),
         "arena_bytes": memory.placement.n_bytes, "arena_lower_bound": memory.placement.lower_bound, "arena_alignment": ALIGNMENT,
+        "arena_unfused": {"bytes": unfused.placement.n_bytes, "lower_bound": unfused.placement.lower_bound},
+        "fused": [[stage.writes for stage in block.stages] for block in memory.fused],
         "in_place": len(memory.in_place), "constant_bytes": sum(each.n_bytes for each in planned.constants),
         "kernels": dict(sorted(Counter(step.kernel for step in planned.steps if step.writes != LOGITS).items())),
     }  # fmt: skip
@@ -104,6 +117,9 @@ def _remove_products(out: Path, names: list[str]) -> None:
 def _lines(summary: dict[str, Any], out: Path, missing: MissingExtraError | None = None) -> tuple[str, ...]:
     arena, bound = summary["arena_bytes"], summary["arena_lower_bound"]
     over = f"{100 * (arena / bound - 1):.0f} % over the least" if bound else "none needed"
+    if summary["fused"]:
+        layers, blocks = sum(map(len, summary["fused"])), len(summary["fused"])
+        over += f"; {summary['arena_unfused']['bytes'] / 1e3:.1f} kB without fusing {layers} layers in {blocks} block{'s' * (blocks > 1)}"
     sizes = f"constants {summary['constant_bytes'] / 1e3:.1f} kB   arena {arena / 1e3:.1f} kB ({over})   {out}"
     if missing:
         return (f"c      written, not built here: {missing.message} ({missing.hint})", f"       {sizes}")

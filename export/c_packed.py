@@ -157,7 +157,8 @@ def _as_rows(params: dict[str, Any]) -> dict[str, Any]:
     Rows that are staged stay short enough for a band.
     """
     ones = ("kernel_rows", "kernel_columns", "stride_rows", "stride_columns")
-    if any(params[name] != 1 for name in ones) or params["pad_top"] or params["pad_left"] or params["in_columns"] != params["out_columns"]:
+    padded = params["pad_top"] or params["pad_left"] or any(params[f"in_{side}"] != params[f"out_{side}"] for side in ("rows", "columns"))
+    if padded or any(params[name] != 1 for name in ones):
         return params
     pixels = params["in_rows"] * params["in_columns"]
     most = BAND_BYTES // params["in_channels"] if Window(params).is_staged() else pixels

@@ -118,11 +118,14 @@ class Plan:
         return name
 
 
-def plan(graph: IntegerGraph) -> Plan:
-    """The calls for a graph. Raises UnsupportedError naming the layer that no kernel computes."""
+def plan(graph: IntegerGraph, *, fast: bool = True) -> Plan:
+    """The calls for a graph, without `fast` those of the simple kernels only, to compare with.
+
+    Raises UnsupportedError naming the layer that no kernel computes.
+    """
     if graph.rounding != "half_even":
         raise UnsupportedError(f"rounding '{graph.rounding}': the kernels of target c round half to even")
-    planner = _Planner(graph)
+    planner = _Planner(graph, fast=fast)
     for op in graph.ops:
         planner.add(op)
     planner.finish()
@@ -132,8 +135,8 @@ def plan(graph: IntegerGraph) -> Plan:
 class _Planner:
     """Appends the steps of one op after the other."""
 
-    def __init__(self, graph: IntegerGraph) -> None:
-        self.graph = graph
+    def __init__(self, graph: IntegerGraph, *, fast: bool) -> None:
+        self.graph, self.fast = graph, fast
         self.steps: list[Step] = []
         self.views: dict[str, str] = {}
         self.stored: dict[str, Stored] = {}
@@ -191,7 +194,7 @@ class _Planner:
         shift = self._shift(op)
         params |= {"in": self.stored[op.input].storage, "rounding": {"shift_step": int(shift.size > 1), **self._limits(op, relu=op.relu)}}
         bias = self.graph.constants[op.bias]
-        packed = self._packed(kernel, params, weight, bias, shift)
+        packed = self._packed(kernel, params, weight, bias, shift) if self.fast else None
         if packed is not None:
             kernel, struct = FAST[kernel]
             params, weight, bias, shift = packed.params, packed.weight, packed.bias, packed.shift
@@ -225,7 +228,7 @@ class _Planner:
             "right": self.stored[right].storage, "left_shift": shifts[0], "right_shift": shifts[1],
             "shift": int(self._shift(op)[0]), **self._limits(op, relu=op.relu),
         }  # fmt: skip
-        narrow = None if wide else narrow_addition(params)
+        narrow = narrow_addition(params) if self.fast and not wide else None
         kernel = "add_wide" if wide else "add_narrow" if narrow else "add"
         self._step(op, kernel, ("add_narrow", narrow) if narrow else ("add", params), (left, right), in_place=(left, right))
 

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from edgeft import __version__, kernels
 from edgeft.export.c_arena import ALIGNMENT
+from edgeft.export.c_bands import params_of
+from edgeft.export.c_blocks import FUSED, block_name, block_text
 from edgeft.export.c_memory import Memory, scratch_name
 from edgeft.export.c_plan import IMAGE, LOGITS, Constant, Params, Plan, Step, c_name
 from edgeft.graph import Op, op_inputs
@@ -23,7 +25,8 @@ Strings beyond 4095 bytes are more than C99 asks of a compiler (-pedantic warns)
 _OCTAL = np.array([f"\\{byte:03o}" for byte in range(256)], "S4")
 _HEADERS = (
     "edgeft_fixedpoint.h", "edgeft_kernels.h", "edgeft_status.h", "edgeft_sums.h",
-    "edgeft_packed.h", "edgeft_vector.h", "edgeft_scalar.h", "edgeft_avx2.h", "edgeft_avx512.h", "edgeft_neon.h",
+    "edgeft_packed.h", "edgeft_bands.h", "edgeft_vector.h", "edgeft_scalar.h", "edgeft_avx2.h", "edgeft_avx512.h", "edgeft_neon.h",
+    "edgeft_dsp.h", "edgeft_dsp_tile.h", "edgeft_dsp_depth.h",
 )  # fmt: skip
 
 
@@ -33,9 +36,10 @@ def bundle_files(plan: Plan, memory: Memory, images: Images, logits: NDArray[np.
     words: dict[str, Any] = {
         "TITLE": title, "VERSION": __version__, "ROWS": rows, "COLUMNS": columns, "CHANNELS": channels,
         "CLASSES": int(np.prod(output.shape)), "FRAC": output.format.frac, "ARENA": memory.placement.n_bytes, "ALIGNMENT": ALIGNMENT,
-        "PARAMS": "\n\n".join(_params_text(name, *step.params) for name, step in _named(plan)), "CALLS": _calls_text(plan, memory),
+        "BANDS": '#include "kernels/edgeft_bands.h"\n' if memory.fused else "",
+        "PARAMS": "\n\n".join(_params(plan, memory)), "CALLS": _calls_text(plan, memory),
     }  # fmt: skip
-    used = sources(plan)
+    used = sources(plan, memory)
     return {
         "model.h": template("model.h.in", words),
         "model.c": template("model.c.in", words),
@@ -50,9 +54,10 @@ def bundle_files(plan: Plan, memory: Memory, images: Images, logits: NDArray[np.
     }
 
 
-def sources(plan: Plan) -> list[str]:
+def sources(plan: Plan, memory: Memory) -> list[str]:
     """The C files of a bundle but main.c."""
-    return ["model.c", "weights.c", *(f"kernels/{name}.c" for name in sorted({step.kernel for step in plan.steps}))]
+    kernels = {step.kernel for step in plan.steps} | ({FUSED} if memory.fused else set())
+    return ["model.c", "weights.c", *(f"kernels/{name}.c" for name in sorted(kernels))]
 
 
 def template(name: str, words: Mapping[str, Any]) -> str:
@@ -73,6 +78,19 @@ def _named(plan: Plan) -> list[tuple[str, Step]]:
     return found
 
 
+def _params(plan: Plan, memory: Memory) -> list[str]:
+    """The sizes of all steps, and of each fused block behind those of its stages."""
+    names = _named(plan)
+    texts = []
+    for index, (name, step) in enumerate(names):
+        block = memory.block_of(index)
+        params = params_of(step, block.schedule.longest[index - block.first]) if block else step.params
+        texts.append(_params_text(name, *params))
+        if block and block.last == index:
+            texts.append(block_text(plan, memory, block, [name for name, _ in names[block.first : index + 1]]))
+    return texts
+
+
 def _params_text(name: str, struct: str, params: Params) -> str:
     fields = ",\n".join(f"    .{key} = {_value(value)}" for key, value in params.items())
     return f"static const edgeft_{struct}_params {name} = {{\n{fields},\n}};"
@@ -85,26 +103,40 @@ def _value(value: Any) -> str:
 
 
 def _calls_text(plan: Plan, memory: Memory) -> str:
-    """The calls of each op below a line that says what it does, and a look at what it wrote."""
+    """The calls of each op below a line that says what it does, a look at what it wrote; one call for fused ops, behind all their lines."""
     by_layer: dict[str, list[str]] = {}
     for index, (name, step) in enumerate(_named(plan)):
-        arguments = [f"&{name}", *(_pointer(plan, memory, each) for each in step.reads), *(each.name for each in step.constants)]
-        if step.scratch is not None:
-            arguments.append(f"a + {memory.offsets[scratch_name(index)]}" if step.scratch else "0")
-        call = f"edgeft_{step.kernel}({', '.join([*arguments, _pointer(plan, memory, step.writes)])})"
+        block = memory.block_of(index)
+        if block is None:
+            call = f"edgeft_{step.kernel}({', '.join(_arguments(plan, memory, index, name))})"
+        elif block.last == index:
+            call = f"edgeft_{FUSED}(&{block_name(name)}, image, a)"
+        else:
+            continue
         lines = f"    status = {call};\n    if (status != EDGEFT_OK) {{\n        return status;\n    }}"
         by_layer.setdefault(LOGITS if step.writes == LOGITS else step.layer, []).append(lines)
+    inside = {stage.writes for block in memory.fused for stage in block.stages}
     text = by_layer.get(plan.graph.input, [])
     for op in plan.graph.ops:
         text += ["", f"    /* {_about(plan, memory, op)} */", *by_layer.get(op.output, [])]
-        text.append(f"    EDGEFT_TRACE({_pointer(plan, memory, op.output)}, {plan.stored[op.output].n_bytes});")
+        if op.output not in inside:
+            text.append(f"    EDGEFT_TRACE({_pointer(plan, memory, op.output)}, {plan.stored[op.output].n_bytes});")
     return "\n".join([*text, *by_layer.get(LOGITS, [])])
+
+
+def _arguments(plan: Plan, memory: Memory, index: int, name: str) -> list[str]:
+    step = plan.steps[index]
+    arguments = [f"&{name}", *(_pointer(plan, memory, each) for each in step.reads), *(each.name for each in step.constants)]
+    if step.scratch is not None:
+        arguments.append(f"a + {memory.offsets[scratch_name(index)]}" if step.scratch else "0")
+    return [*arguments, _pointer(plan, memory, step.writes)]
 
 
 def _about(plan: Plan, memory: Memory, op: Op) -> str:
     names = ", ".join(op_inputs(op))
     tensor = plan.graph.tensors[op.output]
     how = " (no call: the same bytes)" if op.output in plan.views else " (in place)" if op.output in memory.in_place else ""
+    how += " (rows of it at a time)" if memory.homes[op.output] == "rows" else ""
     about = f"{op.output} = {type(op).__name__}({names}): {' x '.join(map(str, tensor.shape))}, {tensor.format}{how}"
     return about.replace("*/", "* /").replace("/*", "/ *")
 

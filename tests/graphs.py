@@ -201,6 +201,16 @@ def residual_net(
     return b.head(b.add(b.conv(x, 16, (1, 1)), y), 5)
 
 
+def mobilenet_v1(seed: int, size: int = 128, n_classes: int = 1000, profile: Profile = "u8") -> IntegerGraph:
+    """The layer shapes of MobileNetV1 0.25 with random weights."""
+    b = GraphBuilder(seed, (3, size, size), profile=profile)
+    x, channels = b.conv("image", 8, stride=(2, 2), padding=(0, 0, 1, 1)), 8
+    for n_out, stride in [(16, 1), (32, 2), (32, 1), (64, 2), (64, 1), (128, 2), *[(128, 1)] * 5, (256, 2), (256, 1)]:
+        x = b.conv(x, channels, stride=(stride, stride), padding=(0, 0, 1, 1) if stride == 2 else None, groups=channels)
+        x, channels = b.conv(x, n_out, (1, 1)), n_out
+    return b.head(x, n_classes)
+
+
 def mobilenet_v2(seed: int, size: int = 128, n_classes: int = 1000, profile: Profile = "u8") -> IntegerGraph:
     """The layer shapes of MobileNetV2 1.0 with random weights."""
     b = GraphBuilder(seed, (3, size, size), profile=profile)

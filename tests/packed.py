@@ -14,11 +14,12 @@ from edgeft.export.c_packed import Packed
 
 ISA = {
     "portable": "-DEDGEFT_PORTABLE",
+    "arm-dsp": "-DEDGEFT_PORTABLE -DEDGEFT_DSP",
     "avx2": "-mavx2",
     "avx512vnni-256": "-mavx2 -mavx512vl -mavx512vnni",
     "avx512vnni": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni",
 }
-"""Instruction sets of x86 that kernels are written for, as the flags that make a compiler use them."""
+"""Instruction sets that kernels are written for, as the flags that make a compiler use them; of Arm's with its instructions in C."""
 STORAGE = ("EDGEFT_U8", "EDGEFT_S8", "EDGEFT_OFFSET")
 CONV = (
     *("in_rows", "in_columns", "in_channels", "out_rows", "out_columns", "out_channels", "kernel_rows", "kernel_columns"),
@@ -37,7 +38,12 @@ class Rounding(ctypes.Structure):
 class Conv(ctypes.Structure):
     """Struct edgeft_conv2d_params."""
 
-    _fields_ = [*((name, ctypes.c_int32) for name in CONV), ("storage", ctypes.c_int), ("rounding", Rounding)]
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in CONV),
+        ("storage", ctypes.c_int),
+        ("rounding", Rounding),
+        *((name, ctypes.c_int32) for name in ("ring_first", "ring_rows")),
+    ]
 
 
 class PackedConv(ctypes.Structure):

@@ -283,4 +283,43 @@ static EDGEFT_INLINE void edgeft_store_depth(uint8_t *y, int32_t n, const edgeft
     }
 }
 
+/* Additions as add_narrow.c describes them, 32 codes at a time. */
+#define EDGEFT_ADDED 32
+
+typedef struct {
+    __m256i flips, times, start, parity, least, range, low;
+    int32_t shift;
+} edgeft_addition;
+
+static EDGEFT_INLINE edgeft_addition edgeft_make_addition(const edgeft_add_narrow_params *p)
+{
+    edgeft_addition sum;
+    sum.flips = _mm256_set1_epi16((short)(p->left_flip | p->right_flip << 8));
+    sum.times = _mm256_set1_epi16((short)(p->left_times | p->right_times << 8));
+    sum.start = _mm256_set1_epi16((short)(p->start + p->below));
+    sum.parity = _mm256_set1_epi16(p->shift > 0);
+    sum.least = _mm256_set1_epi16((short)p->low);
+    sum.range = _mm256_set1_epi16((short)(p->high - p->low));
+    sum.low = _mm256_set1_epi8((char)(p->low - p->base));
+    sum.shift = p->shift;
+    return sum;
+}
+
+/* `pairs` of a left and a right code each, to steps above the least code: halves are even or odd alike before and after `below` is added. */
+static EDGEFT_INLINE __m256i edgeft_add_pairs(const edgeft_addition *sum, __m256i pairs)
+{
+    const __m128i shift = _mm_cvtsi32_si128(sum->shift);
+    const __m256i a = _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_xor_si256(pairs, sum->flips), sum->times), sum->start);
+    const __m256i odd = _mm256_and_si256(_mm256_srl_epi16(a, shift), sum->parity);
+    const __m256i steps = _mm256_srl_epi16(_mm256_add_epi16(a, odd), shift);
+    return _mm256_min_epu16(_mm256_subs_epu16(steps, sum->least), sum->range);
+}
+
+static EDGEFT_INLINE void edgeft_add_codes(const edgeft_addition *sum, const uint8_t *left, const uint8_t *right, uint8_t *y)
+{
+    const __m256i a = _mm256_loadu_si256((const __m256i *)(const void *)left), b = _mm256_loadu_si256((const __m256i *)(const void *)right);
+    const __m256i first = edgeft_add_pairs(sum, _mm256_unpacklo_epi8(a, b)), second = edgeft_add_pairs(sum, _mm256_unpackhi_epi8(a, b));
+    _mm256_storeu_si256((__m256i *)(void *)y, _mm256_add_epi8(_mm256_packus_epi16(first, second), sum->low));
+}
+
 #endif

@@ -38,7 +38,11 @@ typedef struct {
     int32_t low, high;
 } edgeft_rounding;
 
-/* A convolution (eq. 5). Padding at the bottom and on the right follows from the sizes. */
+/* A convolution (eq. 5). Padding at the bottom and on the right follows from the sizes.
+ *
+ * Kernels with packed weights may read a map of which only some rows are in memory, in a ring of ring_rows rows: the first place holds row
+ * ring_first, or ring_first + ring_rows where the row is as far. Both are 0 where the map is whole (edgeft_bands.h).
+ */
 typedef struct {
     int32_t in_rows, in_columns, in_channels;
     int32_t out_rows, out_columns, out_channels;
@@ -49,6 +53,7 @@ typedef struct {
     int32_t groups;
     edgeft_storage in;
     edgeft_rounding rounding;
+    int32_t ring_first, ring_rows;
 } edgeft_conv2d_params;
 
 /* Convolution. weight [out][kernel_rows][kernel_columns][in / groups], -127 ... 127; bias and shift by output channel. */
@@ -164,7 +169,7 @@ int edgeft_lookup(const edgeft_bytes_params *p, const uint8_t *x, const uint8_t 
 /* Bytes of an image to signed codes (eq. 12), for ops that move the image. In place. */
 int edgeft_image_codes(const edgeft_bytes_params *p, const uint8_t *x, uint8_t *y);
 
-/* Max-pooling. Padding at the bottom and on the right follows from the sizes. */
+/* Max-pooling. Padding at the bottom and on the right follows from the sizes; the ring is that of edgeft_conv2d_params. */
 typedef struct {
     int32_t in_rows, in_columns, channels;
     int32_t out_rows, out_columns;
@@ -172,6 +177,7 @@ typedef struct {
     int32_t stride_rows, stride_columns;
     int32_t pad_top, pad_left;
     edgeft_storage in;
+    int32_t ring_first, ring_rows;
 } edgeft_max_pool_params;
 
 /* Largest code of each window; padded positions never win. Every window must meet the map. The output is stored as the input is. */

@@ -9,6 +9,13 @@
 #define EDGEFT_PACKED_H
 
 #include "edgeft_vector.h"
+#ifndef EDGEFT_SHORT_PIXELS
+#define EDGEFT_SHORT_PIXELS EDGEFT_TILE_PIXELS
+#endif
+/* Windows of so few quads take tiles of EDGEFT_SHORT_PIXELS: while a tile is stored, which takes as long as its products, those of the next
+ * begin, if it is small enough for the processor to see both. */
+#define EDGEFT_SHORT_QUADS 40
+
 
 /* Runs of a window. Longer windows are not packed. */
 #define EDGEFT_RUNS 64
@@ -37,6 +44,10 @@ typedef struct {
     uint8_t *codes;
     int32_t *words;
 } edgeft_outputs;
+
+#ifdef EDGEFT_OWN_TILE
+#include EDGEFT_OWN_TILE
+#else
 
 /* acc[m * blocks + v] of pixel first + m and block v. `pixels` and `blocks` are constants wherever this is used. */
 static EDGEFT_INLINE void edgeft_accumulate(const edgeft_tiles *t, int pixels, int blocks, int32_t first, edgeft_v16 *acc)
@@ -80,6 +91,33 @@ static EDGEFT_INLINE void edgeft_accumulate(const edgeft_tiles *t, int pixels, i
     }
 }
 
+/* What a tile reads while it stores codes: copies, because a byte that is stored might, for the compiler, be part of edgeft_tiles. */
+typedef struct {
+    edgeft_rounds rounds[EDGEFT_VECTOR_BLOCKS];
+    edgeft_limits limits;
+    int32_t step, n;
+} edgeft_store;
+
+/* `pixels`, 1 or 2, neighbours and one or two blocks, from sums to codes; `v` is the first block. */
+static EDGEFT_INLINE void edgeft_store_tile(const edgeft_store *s, int pixels, int blocks, int v, const edgeft_v16 *acc, int next, uint8_t *y)
+{
+    edgeft_v16 codes[4];
+    EDGEFT_UNROLLED
+    for (int i = 0; i < pixels * blocks; i++) {
+        codes[i] = edgeft_round16(acc[i / blocks * next + i % blocks], &s->rounds[v + i % blocks]);
+    }
+#ifdef EDGEFT_PAIRS
+    if (pixels == 2) {
+        edgeft_store_pair(y, y + s->step, s->n - 16 * v, codes, blocks, &s->limits);
+        return;
+    }
+#endif
+    EDGEFT_UNROLLED
+    for (int i = 0; i < pixels; i++) {
+        edgeft_store_codes(y + i * s->step, s->n - 16 * v, codes + i * blocks, blocks, &s->limits);
+    }
+}
+
 /* A tile from its products to what is stored. */
 static EDGEFT_INLINE void edgeft_tile(const edgeft_tiles *t, int pixels, int blocks, int wide, int32_t first, edgeft_outputs y)
 {
@@ -92,32 +130,41 @@ static EDGEFT_INLINE void edgeft_tile(const edgeft_tiles *t, int pixels, int blo
             acc[m * blocks + v] = edgeft_settle(acc[m * blocks + v]);
         }
     }
+    edgeft_store s;
+    s.step = t->y_step;
+    s.n = t->n;
+    if (wide) {
+        EDGEFT_UNROLLED
+        for (int m = 0; m < pixels; m++) {
+            int32_t *to = y.words + (first + m) * s.step;
+            EDGEFT_UNROLLED
+            for (int v = 0; v < blocks; v++) {
+                if (v == 0 || s.n > 16 * v) {
+                    edgeft_store_words(to + 16 * v, s.n - 16 * v, edgeft_shift_left16(acc[m * blocks + v], t->shift + 16 * v));
+                }
+            }
+        }
+        return;
+    }
+    s.limits = t->limits;
     EDGEFT_UNROLLED
-    for (int m = 0; m < pixels; m++) {
-        const int32_t at = (first + m) * t->y_step;
+    for (int v = 0; v < blocks; v++) {
+        s.rounds[v] = t->rounds[v];
+    }
+    uint8_t *to = y.codes + first * s.step;
+    EDGEFT_UNROLLED
+    for (int m = 0; m < pixels; m += 2) {
         EDGEFT_UNROLLED
         for (int v = 0; v < blocks; v += 2) {
-            const int both = v + 1 < blocks;
-            edgeft_v16 *a = acc + m * blocks + v;
-            const int32_t n = t->n - 16 * v;
-            if (v > 0 && n <= 0) {
-                break;
+            if (v == 0 || s.n > 16 * v) {
+                edgeft_store_tile(&s, m + 1 < pixels ? 2 : 1, v + 1 < blocks ? 2 : 1, v, acc + m * blocks + v, blocks, to + 16 * v);
             }
-            if (wide) {
-                edgeft_store_words(y.words + at + 16 * v, n, edgeft_shift_left16(a[0], t->shift + 16 * v));
-                if (both && n > 16) {
-                    edgeft_store_words(y.words + at + 16 * v + 16, n - 16, edgeft_shift_left16(a[1], t->shift + 16 * v + 16));
-                }
-                continue;
-            }
-            a[0] = edgeft_round16(a[0], &t->rounds[v]);
-            if (both) {
-                a[1] = edgeft_round16(a[1], &t->rounds[v + 1]);
-            }
-            edgeft_store_codes(y.codes + at + 16 * v, n, a, 1 + both, &t->limits);
         }
+        to += 2 * s.step;
     }
 }
+
+#endif
 
 /* One case per number of pixels, so that each is a constant for the compiler. */
 #define EDGEFT_TILE_CASE(N, BLOCKS)                              \
@@ -127,7 +174,8 @@ static EDGEFT_INLINE void edgeft_tile(const edgeft_tiles *t, int pixels, int blo
 
 static EDGEFT_INLINE void edgeft_tile_row(const edgeft_tiles *t, int blocks, int wide, int32_t columns, edgeft_outputs y)
 {
-    const int32_t n_tiles = (columns + EDGEFT_TILE_PIXELS - 1) / EDGEFT_TILE_PIXELS;
+    const int32_t most = blocks > 1 && t->quads * t->n_runs <= EDGEFT_SHORT_QUADS ? EDGEFT_SHORT_PIXELS : EDGEFT_TILE_PIXELS;
+    const int32_t n_tiles = (columns + most - 1) / most;
     for (int32_t tile = 0; tile < n_tiles; tile++) {
         const int32_t first = columns * tile / n_tiles, end = columns * (tile + 1) / n_tiles;
         switch (end - first) {
@@ -169,7 +217,7 @@ static inline void edgeft_stage(const edgeft_conv2d_params *p, const uint8_t *x,
         for (int32_t i = 0; i < left; i++) {
             y[i] = (uint8_t)zero;
         }
-        const uint8_t *from = x + (inside ? row * p->in_columns * channels : 0);
+        const uint8_t *from = x + (inside ? edgeft_ring_place(row, p->ring_first, p->ring_rows) * p->in_columns * channels : 0);
         for (int32_t i = 0; i < copied; i++) {
             y[left + i] = (uint8_t)(from[i] ^ flip);
         }
@@ -198,8 +246,9 @@ static inline void edgeft_find_runs(const edgeft_conv2d_packed_params *q, const 
         if (p->in == EDGEFT_U8 && (from < 0 || from >= p->in_rows)) {
             continue;
         }
+        const int32_t at = q->staged_columns > 0 ? from - x_row : edgeft_ring_place(from, p->ring_first, p->ring_rows);
         for (int32_t j = 0; j < per_row; j++) {
-            t->x[t->n_runs] = x + ((from - x_row) * columns + j * p->dilation_columns) * p->in_channels;
+            t->x[t->n_runs] = x + (at * columns + j * p->dilation_columns) * p->in_channels;
             t->weight[t->n_runs++] = weight + (i * per_row + j) * t->quads * 64;
         }
     }

@@ -2,7 +2,9 @@
 #ifndef EDGEFT_SCALAR_H
 #define EDGEFT_SCALAR_H
 
+#ifndef EDGEFT_ISA
 #define EDGEFT_ISA "portable"
+#endif
 
 #define EDGEFT_TILE_PIXELS 2
 #define EDGEFT_TILE_BLOCKS 1

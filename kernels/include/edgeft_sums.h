@@ -98,6 +98,13 @@ static inline int32_t edgeft_window(const edgeft_conv2d_params *p, const uint8_t
     return sum;
 }
 
+/* The place in memory of a row of a map, which may be a ring of ring_rows rows from row ring_first on. */
+static inline int32_t edgeft_ring_place(int32_t row, int32_t ring_first, int32_t ring_rows)
+{
+    const int32_t place = row - ring_first;
+    return place >= ring_rows ? place - ring_rows : place;
+}
+
 /* Whether the sizes of a convolution fit each other. */
 static inline int edgeft_conv2d_fits(const edgeft_conv2d_params *p)
 {

@@ -25,7 +25,13 @@
  * what was a half has only zeros below the shift, and its lowest bit is cleared: half to even. And, where codes may be negative, 128 steps,
  * so that saturation to 0 ... 255 is that to -128 ... 127; the top bit is flipped at the end. 128 is even and leaves ties as they are.
  *
- * EDGEFT_PORTABLE takes the header that reads like the equations, on any machine.
+ * Where sixteen accumulators do not fit into registers, a header may name others that go from bias to stored codes in smaller steps:
+ *
+ *     EDGEFT_OWN_TILE      defines edgeft_tile of edgeft_packed.h, from the types before it
+ *     EDGEFT_OWN_DEPTH     defines edgeft_own_depth, all rows of 64 channels in dwconv2d_packed.c
+ *
+ * EDGEFT_PORTABLE takes the header that reads like the equations, on any machine. With EDGEFT_DSP as well it is that of the DSP extension of
+ * 32-bit Arm, whose instructions are then written in C where there are none.
  */
 #ifndef EDGEFT_VECTOR_H
 #define EDGEFT_VECTOR_H
@@ -50,7 +56,14 @@
 #define EDGEFT_UNROLLED _Pragma("GCC unroll 16")
 #define EDGEFT_ROLLED _Pragma("GCC unroll 1")
 #else
+#if defined(EDGEFT_PORTABLE) && defined(EDGEFT_DSP)
+#define EDGEFT_HEADER "edgeft_dsp.h"
+#elif !defined(EDGEFT_PORTABLE) && defined(__ARM_FEATURE_DSP) && defined(__ARM_FEATURE_UNALIGNED) && !defined(__ARM_BIG_ENDIAN) && defined(__GNUC__)
+#define EDGEFT_HEADER "edgeft_dsp.h"
+#define EDGEFT_HEADER "edgeft_dsp.h"
+#else
 #define EDGEFT_HEADER "edgeft_scalar.h"
+#endif
 #define EDGEFT_INLINE inline
 #define EDGEFT_UNROLLED
 #define EDGEFT_ROLLED

@@ -1,4 +1,4 @@
-#include "edgeft_sums.h"
+#include "edgeft_vector.h"
 
 /* a = start + left_times * (left ^ left_flip) + right_times * (right ^ right_flip)
  * y = saturate(floor((a + below + odd) / 2^shift)) - base,  odd = lowest bit of floor(a / 2^shift)   (eq. 8)
@@ -28,9 +28,30 @@ static void add_part(const edgeft_add_narrow_params *p, int32_t n, const uint8_t
     }
 }
 
+#ifdef EDGEFT_ADDED
+/* Whole vectors, and how many codes these were. Products of codes and factors are added in pairs, as signed numbers of 16 bits. */
+static int32_t add_vectors(const edgeft_add_narrow_params *p, const uint8_t *left, const uint8_t *right, uint8_t *y)
+{
+    int32_t i = 0;
+    if (p->left_times + p->right_times <= 128) {
+        const edgeft_addition sum = edgeft_make_addition(p);
+        for (; i + EDGEFT_ADDED <= p->n; i += EDGEFT_ADDED) {
+            edgeft_add_codes(&sum, left + i, right + i, y + i);
+        }
+    }
+    return i;
+}
+#else
+static int32_t add_vectors(const edgeft_add_narrow_params *p, const uint8_t *left, const uint8_t *right, uint8_t *y)
+{
+    (void)p, (void)left, (void)right, (void)y;
+    return 0;
+}
+#endif
+
 int edgeft_add_narrow(const edgeft_add_narrow_params *p, const uint8_t *left, const uint8_t *right, uint8_t *y)
 {
-    for (int32_t first = 0; first < p->n; first += PART) {
+    for (int32_t first = add_vectors(p, left, right, y); first < p->n; first += PART) {
         const int32_t n = edgeft_smaller(PART, p->n - first);
         uint16_t sum[PART];
         if (n == PART) {

@@ -30,8 +30,9 @@ int edgeft_max_pool(const edgeft_max_pool_params *p, const uint8_t *x, uint8_t *
                     best[c] = 0;
                 }
                 for (int32_t i = rows.first; i < rows.end; i++) {
+                    const int32_t at = edgeft_ring_place(rows.start + i, p->ring_first, p->ring_rows) * p->in_columns;
                     for (int32_t j = columns.first; j < columns.end; j++) {
-                        const uint8_t *code = x + ((rows.start + i) * p->in_columns + columns.start + j) * p->channels + first;
+                        const uint8_t *code = x + (at + columns.start + j) * p->channels + first;
                         if (n == EDGEFT_LANES) {
                             edgeft_keep_larger(EDGEFT_LANES, code, flip, best);
                         } else {

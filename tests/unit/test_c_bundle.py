@@ -172,7 +172,7 @@ def test_kernels_compile_without_a_warning(name: str, tmp_path: Path) -> None:
 
 
 def test_each_kernel_is_in_the_file_of_its_name() -> None:
-    contract = (kernels.include_dir() / "edgeft_kernels.h").read_text()
+    contract = "".join((kernels.include_dir() / f"edgeft_{name}.h").read_text() for name in ("kernels", "bands"))
     declared = set(re.findall(r"^int edgeft_(\w+)\(", contract, re.MULTILINE))
     files = {path.stem: path.read_text() for path in kernels.sources() if path.suffix == ".c"}
     assert set(files) == declared
@@ -256,7 +256,8 @@ def test_export_writes_builds_verifies_and_reports(tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == [
         "CMakeLists.txt", "Makefile", "bundle.json", "golden.h", "kernels", "main.c", "model.c", "model.h", "weights.c", "weights.h",
     ]  # fmt: skip
-    headers = {"avx2", "avx512", "fixedpoint", "kernels", "neon", "packed", "scalar", "status", "sums", "vector"}
+    isa = {"avx2", "avx512", "dsp", "dsp_depth", "dsp_tile", "neon", "scalar", "vector"}
+    headers = {"bands", "fixedpoint", "kernels", "packed", "status", "sums"} | isa
     used = {"add_narrow", "conv2d_packed", "conv2d_packed_wide", "dwconv2d_packed", "global_pool", "max_pool"}
     files = {path.name for path in (out / "kernels").iterdir()}
     assert files == {f"edgeft_{name}.h" for name in headers} | {f"{name}.c" for name in used}

@@ -3,22 +3,24 @@
 Debian: apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm
 """
 
-import subprocess
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from benchmarks.boards import BOARDS, PROGRAMS, count, replay
+from edgeft.errors import VerificationError
+from edgeft.export.c_bundle import write_bundle
 from edgeft.graph import IntegerGraph
 from tests.c_bundles import need, run, write
 from tests.exports import every_op, wide_net
-from tests.graphs import mobilenet_v2, residual_net
+from tests.graphs import mobilenet_v1, mobilenet_v2, random_images, residual_net
 
 pytestmark = [pytest.mark.cc, pytest.mark.slow]
 
-BOARD = Path(__file__).parent.parent / "cortex_m"
-CPUS = {"cortex-m4": "mps2-an386", "cortex-m7": "mps2-an500"}
-"""Cores, and the board that QEMU has with it."""
+KERNELS = {"dsp": (), "portable": ("-DEDGEFT_PORTABLE",)}
+"""What a core with the DSP extension may run, as flags."""
 
 
 def small_mobilenet(seed: int, **_: object) -> IntegerGraph:
@@ -47,32 +49,49 @@ def test_aarch64_with_dot_products_gives_the_same_codes(make: Callable[..., Inte
     assert " 0 of " in run("qemu-aarch64", "-cpu", "max", "./replay", cwd=tmp_path)
 
 
-@pytest.mark.parametrize("make", NETS)
-@pytest.mark.parametrize("cpu", [*CPUS])
-def test_cortex_m_gives_the_same_codes(make: Callable[..., IntegerGraph], cpu: str, tmp_path: Path) -> None:
-    found = replay_on(cpu, write(make(0, profile="s8", image_format="s8.7"), tmp_path))
-    assert found == "4 images, 0 of 20 codes differ\n"
+@pytest.mark.parametrize("make", [*NETS, small_mobilenet])
+@pytest.mark.parametrize("kernels", [*KERNELS])
+@pytest.mark.parametrize("cpu", [*BOARDS])
+def test_cortex_m_gives_the_same_codes(make: Callable[..., IntegerGraph], kernels: str, cpu: str, tmp_path: Path) -> None:
+    need(*PROGRAMS)
+    folder = write(make(0, profile="s8", image_format="s8.7"), tmp_path)
+    assert re.fullmatch(r"\d+ images, 0 of \d+ codes differ\n", replay(folder, BOARDS[cpu], ("-O2", *KERNELS[kernels])))
 
 
-def replay_on(cpu: str, folder: Path) -> str:
-    """Build a bundle with its Makefile for a bare core, link it with newlib's semihosting, run it on QEMU's board."""
-    need("make", "arm-none-eabi-gcc", "qemu-system-arm")
-    flags = f"-O2 -mcpu={cpu} -mthumb"
-    tools = ("CC=arm-none-eabi-gcc", "AR=arm-none-eabi-ar", f"CFLAGS={flags}")
-    run("arm-none-eabi-gcc", *flags.split(), "-c", BOARD / "startup.c", "-o", folder / "startup.o", cwd=folder)
-    run("make", *tools, f"LDFLAGS=--specs=rdimon.specs -T {BOARD / 'mps2.ld'} startup.o", cwd=folder)
-    board = ("-M", CPUS[cpu], "-nographic", "-semihosting", "-monitor", "none", "-serial", "none")
-    done = subprocess.run(
-        ["qemu-system-arm", *board, "-kernel", "replay"], cwd=folder, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.mark.parametrize("optimization", ["-O0", "-Os", "-O3"])
+@pytest.mark.parametrize("cpu", [*BOARDS])
+def test_mobilenet_v1_on_cortex_m(optimization: str, cpu: str, tmp_path: Path) -> None:
+    """A quarter of the width at 128 pixels, what such a core is used for."""
+    need(*PROGRAMS)
+    folder = write(mobilenet_v1(0, 128, 10), tmp_path)
+    assert replay(folder, BOARDS[cpu], (optimization,)) == "4 images, 0 of 40 codes differ\n"
+
+
+@pytest.mark.parametrize("cpu", [*BOARDS])
+def test_instructions_are_counted_and_dsp_kernels_take_fewer(cpu: str, tmp_path: Path) -> None:
+    need(*PROGRAMS)
+    graph = mobilenet_v1(0, 32, 10)
+    folder = write(graph, tmp_path / "fast")
+    dsp, again, portable = (count(folder, BOARDS[cpu], ("-O3", *KERNELS[kernels])) for kernels in ("dsp", "dsp", "portable"))
+    write_bundle(graph, random_images(graph, 4), tmp_path / "simple", fast=False)
+    simple = count(tmp_path / "simple", BOARDS[cpu], ("-O3",))
+    assert dsp == again
+    assert 0.98 < sum(dsp.by_kernel.values()) / dsp.instructions < 1
+    assert 2 * dsp.instructions < min(portable.instructions, simple.instructions)
+    assert 100 < dsp.stack_bytes < 8000
+
+
+def test_a_code_that_differs_is_not_counted(tmp_path: Path) -> None:
+    need(*PROGRAMS)
+    folder = write(residual_net(0), tmp_path)
+    weights = folder / "weights.c"
+    weights.write_text(re.sub(r"(_bias\[\d+\] = \{\n +-?)", r"\g<1>1000", weights.read_text()))
+    with pytest.raises(VerificationError, match="codes differ on cortex-m4"):
+        count(folder, BOARDS["cortex-m4"], ("-O3",))
 
 
 def test_a_small_net_is_small(tmp_path: Path) -> None:
     """The library of a small net is some kB of code and constants, and keeps nothing in memory that changes."""
-    replay_on("cortex-m4", write(residual_net(0), tmp_path))
-    sizes = run("arm-none-eabi-size", "libmodel.a", cwd=tmp_path)
-    text, data = (sum(int(row.split()[column]) for row in sizes.splitlines()[1:]) for column in (0, 1))
-    assert text < 20_000
-    assert data == 0
+    need(*PROGRAMS)
+    found = count(write(residual_net(0), tmp_path), BOARDS["cortex-m4"], ("-O2",))
+    assert found.code_bytes + found.constant_bytes < 24_000

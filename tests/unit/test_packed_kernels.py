@@ -37,11 +37,11 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @st.composite
-def windows(draw: st.DrawFn, *, depthwise: bool) -> dict[str, Any]:
-    """Sizes of a convolution that fit each other."""
+def windows(draw: st.DrawFn, *, depthwise: bool, of_3: bool = False) -> dict[str, Any]:
+    """Sizes of a convolution that fit each other; `of_3`: those that depthwise kernels are faster for."""
     size = st.integers(1, 3)
-    kernel = [draw(st.integers(1, 5)) for _ in range(2)]
-    stride, dilation = [draw(size) for _ in range(2)], [draw(size) for _ in range(2)]
+    kernel = [3 if of_3 else draw(st.integers(1, 5)) for _ in range(2)]
+    stride, dilation = [draw(size) for _ in range(2)], [draw(size), 1 if of_3 else draw(size)]
     pad = [draw(st.integers(0, 2)) for _ in range(4)]
     rows_columns = [draw(st.integers(1, 20)) for _ in range(2)]
     channels = draw(st.sampled_from([1, 3, 16, 24, 63, 64, 65, 130])) if depthwise else draw(st.integers(1, 9))
@@ -98,7 +98,7 @@ def test_a_convolution(built: ctypes.CDLL, params: dict[str, Any], seed: int, wi
 
 
 @MANY
-@given(windows(depthwise=True), st.integers(0, 2**32))
+@given(st.one_of(windows(depthwise=True), windows(depthwise=True, of_3=True)), st.integers(0, 2**32))
 def test_a_depthwise_convolution(built: ctypes.CDLL, params: dict[str, Any], seed: int) -> None:
     x, weight, bias, shift = layer(params, seed, (0, 12))
     packed = pack_depthwise(params, weight[..., 0], bias, shift)
@@ -150,6 +150,9 @@ def test_what_the_fast_kernels_leave_to_the_portable_ones() -> None:
     assert pack(params, weight, bias, np.array([-1]), wide=False) is None
     assert pack(params, weight, bias, np.array([1]), wide=True) is None
     assert pack(params, weight, np.full(4, 2**31 - 1024), np.array([3]), wide=False) is None  # 8 * 255 on top of the bias
+    below = pack({**params, "out_rows": 2}, weight, bias, np.array([3]), wide=False)  # a row of padding below is not one of the map's
+    assert below is not None
+    assert below.params["conv"]["out_rows"] == 2
 
 
 def test_sums_of_code_plus_128_as_a_compiler_vectorises_them(built: ctypes.CDLL) -> None:
