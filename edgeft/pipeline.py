@@ -49,6 +49,7 @@ class FloatModel:
 
 def plan(config: Config) -> list[str]:
     """What train_quantize would do, after checking data, backbone and every layer; writes nothing."""
+    make_accelerator(config)
     dataset = load_dataset(config, Progress(False))
     classifier, stages = _prepare(config, dataset)
     steps = plan_of(classifier, config.quant.profile, config.quant.residual)
@@ -59,7 +60,7 @@ def plan(config: Config) -> list[str]:
         *(f"            {note}" for note in dataset.notes),
     ]
     n_parameters = sum(parameter.numel() for parameter in classifier.parameters())
-    lines.append(f"backbone    {config.model.backbone}, {p.size} px {p.interpolation}, {n_parameters:,} parameters")
+    lines.append(f"backbone    {config.model.backbone}, {p.size} px {p.interpolation}, {n_parameters:,} parameters, {_origin(config)}")
     lines += [f"{stage.name:11} {_describe(stage)}" for stage in stages]
     q = config.quant
     lines.append(
@@ -68,6 +69,16 @@ def plan(config: Config) -> list[str]:
     )
     lines.append(f"write       {config.run_dir}")
     return lines
+
+
+def _origin(config: Config) -> str:
+    """Where the backbone's weights come from."""
+    model = config.model
+    if model.weights is not None:
+        return f"weights from '{model.weights}'"
+    if model.pretrained:
+        return "timm's pretrained weights"
+    return "its own weights" if model.backbone == "edgeft_micro" else "RANDOM WEIGHTS (--pretrained or --weights FILE gives it others)"
 
 
 def train_quantize(config: Config, *, resume: bool = False, progress: Progress | None = None) -> Artifact:

@@ -64,7 +64,7 @@ def load_weights(net: nn.Module, head: str, path: Path) -> bool:
     """Load a checkpoint into `net` in place; `head` is the name of its classifier. True when the head was loaded too.
 
     A head for another number of classes, or none, leaves the head of `net` as it is. Batch-norm step counters may be missing.
-    Raises ConfigError listing missing, unexpected and mis-shaped keys.
+    Raises ConfigError listing missing, unexpected and mis-shaped keys, and those with numbers that are not finite.
     """
     stored, wanted = read_weights(path), net.state_dict()
     head_keys = {key for key in wanted if key.startswith(f"{head}.")}
@@ -90,6 +90,8 @@ def load_weights(net: nn.Module, head: str, path: Path) -> bool:
             f"the weights in '{path}' do not fit the backbone:\n  " + "\n  ".join(problems),
             "give the backbone the weights were made for, with its arguments (--set model.args.KEY=VALUE)",
         )
+    if broken := sorted(key for key, value in stored.items() if value.is_floating_point() and not value.isfinite().all()):
+        raise ConfigError("\n  ".join([f"the weights in '{path}' are not finite:", *_listing("with NaN or infinity", broken)]))
     net.load_state_dict(stored, strict=False)
     return with_head
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from edgeft.artifact import Artifact
@@ -134,6 +135,12 @@ def test_dry_run_names_everything_and_writes_nothing(photos: Path, tmp_path: Pat
     for word in ("3 classes", "edgeft_micro", "L-BFGS", "batch norm frozen", "23 layers"):
         assert word in printed
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="NOT TESTED: there is a GPU")
+def test_a_dry_run_refuses_a_device_that_is_not_there(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(photos, tmp_path / "run", "--dry-run", "--device", "cuda") == 2
+    assert "device 'cuda' is not available" in capsys.readouterr().err
 
 
 def test_an_edited_run_is_not_exported(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

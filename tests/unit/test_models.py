@@ -233,6 +233,14 @@ def test_weights_that_do_not_fit_name_the_keys(tmp_path: Path, donor: nn.Module)
     )
 
 
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, donor: nn.Module) -> None:
+    state = {name: value.clone() for name, value in donor.state_dict().items()}
+    state["conv1.0.weight"].view(-1)[0] = torch.nan
+    path = saved(tmp_path / "w.safetensors", state)
+    with pytest.raises(ConfigError, match=r"are not finite:\n  1 with NaN or infinity: conv1.0.weight"):
+        build(weights=path)
+
+
 def test_long_lists_of_keys_are_cut_at_ten(tmp_path: Path) -> None:
     path = saved(tmp_path / "w.safetensors", {f"odd{number:02}": torch.zeros(1) for number in range(12)})
     with pytest.raises(ConfigError) as caught:
