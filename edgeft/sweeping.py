@@ -28,6 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 from edgeft.artifact import SWEEP, Artifact, atomic_write, is_finished, json_bytes
 from edgeft.config import Config, build_config, parse_assignment, to_toml
 from edgeft.errors import ConfigError
+from edgeft.methods import METHODS
 from edgeft.progress import Progress
 
 JOURNAL = "queue.journal"
@@ -95,6 +96,7 @@ def grid(axes: Sequence[str], file: Path | None, flags: dict[str, Any], sets: Se
             raise ConfigError(f"two combinations have the name '{name}'", "values must differ in letters, digits, '.', '+' or '-'")
         try:
             found[name] = build_config(file, {**flags, "out": out / name}, [*sets, *assignments])
+            METHODS.get(found[name].train.method).stages(found[name])
         except ConfigError as error:
             raise ConfigError(f"combination {', '.join(assignments)}: {error.message}", error.hint) from error
     return found

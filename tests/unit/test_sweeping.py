@@ -64,6 +64,7 @@ def test_a_grid_has_every_combination_and_a_folder_for_each(tmp_path: Path) -> N
         (["train.method=lp,lp"], r"^--grid 'train.method=lp,lp' is not of the form"),
         (["quant.format=grid,nonsense"], r"^combination quant.format=nonsense: 1 error in the configuration"),
         (["train.methods=lp"], r"^combination train.methods=lp: .*\n  unknown key 'train.methods' \(did you mean 'method'\?\)"),
+        (["train.method=lp,lpftt"], r"^combination train.method=lpftt: unknown method 'lpftt'$"),
         (["data.source=a/b,a-b"], r"^two combinations have the name 'a-b'$"),
     ],
 )
