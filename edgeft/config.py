@@ -252,15 +252,21 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     return list(getattr(model, "model_fields", {}))
 
 
+def _elsewhere(name: str) -> list[str]:
+    """Keys of that name in all sections."""
+    return [f"{section}.{name}" for section in Config.model_fields if name in _known_keys((section, name))]
+
+
 def _explain(error: ValidationError, source: str) -> ConfigError:
     lines = []
     for item in error.errors():
         key = ".".join(map(str, item["loc"])) or "configuration"
         if item["type"] == "extra_forbidden":
-            close = nearest(str(item["loc"][-1]), _known_keys(item["loc"]), n=1)
-            lines.append(f"unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else ""))
+            close = nearest(str(item["loc"][-1]), _known_keys(item["loc"]), n=1) or _elsewhere(str(item["loc"][-1]))
+            lines.append(f"unknown key '{key}'" + (f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""))
         else:
-            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (found {item['input']!r})")
+            found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r})"
+            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{found}")
     return ConfigError(f"{len(lines)} error{'s' if len(lines) > 1 else ''} in the configuration{source}:\n  " + "\n  ".join(lines))
 
 

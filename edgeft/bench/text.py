@@ -139,9 +139,9 @@ def best(report: BenchReport) -> list[str]:
 
 
 def _best(rows: Sequence[Row], title: str, value: Callable[[Row], float | None], text: Callable[[Row], str], near: float = 0.0) -> str:
-    """The row with the highest value, and those that come as near to it as that share, the best first."""
+    """The row with the highest value, and those that come as near to it as that share, the best first. Of one row alone nothing is said."""
     known = sorted(((found, row) for row in rows if (found := value(row)) is not None), key=lambda pair: -pair[0])
-    if not known:
+    if len(known) < 2:
         return ""
     winners = [row for found, row in known if known[0][0] - found <= near * abs(found)]
     alike = f", within {100 * near:g} % of one another" if near and len(winners) > 1 else ""

@@ -116,6 +116,13 @@ def test_what_differs_from_the_interpreter_is_not_timed(run: Path, tmp_path: Pat
     assert row_of(report, "onnx").latency is not None
 
 
+def test_the_fastest_is_named_where_there_are_two(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch)
+    assert any(line.startswith("Fastest") for line in summary(measured(run, tmp_path / "two")))
+    alone = summary(measured(run, tmp_path / "one", backends=["onnx"]))
+    assert not [line for line in alone if line.startswith(("Fastest", "Smallest", "Least", "Most"))]
+
+
 def test_a_fall_back_to_float_is_said(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, in_float=("stem", "head"))
     report = measured(run, tmp_path / "out")

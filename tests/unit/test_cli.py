@@ -198,6 +198,14 @@ def test_the_package_is_the_verb_too(pipeline: FakePipeline) -> None:
             "  unknown key 'quant.fromat' (did you mean 'format'?)\n",
         ),
         (
+            ["train-quantize", "--set", "epochs=3"],
+            "error: 1 error in the configuration:\n  unknown key 'epochs' (did you mean 'train.epochs' or 'quant.epochs'?)\n",
+        ),
+        (
+            ["train-quantize", "--pretrained", "--weights", "w.safetensors"],
+            "error: 1 error in the configuration:\n  configuration: give either model.pretrained or model.weights, not both\n",
+        ),
+        (
             ["export", "r", "--target", "onxn"],
             "error: unknown export target 'onxn'\n  known export targets: c, onnx, onnx-int, trt\n  did you mean: onnx\n",
         ),
